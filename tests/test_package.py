@@ -161,10 +161,3 @@ def test_an_upward_import_is_seen():
     assert upward(Path("losses.py"), "from clmae import objectives") == {"objectives"}
     assert upward(Path("losses.py"), "from .mae import MAE\nfrom .objectives import Loss") == {"objectives"}
     assert upward(Path("losses.py"), "import clmae.patches") == set()
-
-
-# ---- what its commands say
-
-
-def make(*arguments, env=None, cwd=ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, env=env)
