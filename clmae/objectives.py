@@ -228,9 +228,8 @@ class CurriculumLearnedMasking(MaskedAutoencoding):
         terms = self.terms(error, logits.sigmoid())
         factor = self.factor(pos)
         total = factor * terms["reconstruction"] + sum(w * terms[name] for name, w in self.weights.items())
-        return Loss(
-            total, {**{name: term.detach() for name, term in terms.items()}, "factor": torch.tensor(factor)}
-        )
+        self.tally.add(factor=factor)
+        return Loss(total, {name: term.detach() for name, term in terms.items()})
 
     def terms(self, error: Tensor, score: Tensor) -> dict[str, Tensor]:
         """The unweighted terms of the masker's loss from per-patch errors and scores (b, n)."""
