@@ -24,7 +24,7 @@ help: ## list these commands
 repro: $(ENV) data ## rebuild every number and figure: images, pretraining, evaluation, figures
 	@$(RUN) -m dvc repro
 
-verify: $(ENV) ## compare what was rebuilt with the committed results
+verify: $(ENV) ## rebuild the last commit in build/verify and compare it with the committed results
 	@$(RUN) -m clmae verify
 
 smoke: $(ENV) data ## the whole pipeline, tiny, in about a minute, in build/smoke
