@@ -36,7 +36,7 @@ def settle(path):
         os.close(handle)
 
 # %% ../nbs/00_files.ipynb #a3173925
-TROUBLE = {getattr(errno, n) for n in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR".split()}
+TROUBLE = {getattr(errno, n) for n in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EEXIST ENOTDIR EISDIR".split()}
 
 
 def free_space(path) -> int:
@@ -65,15 +65,15 @@ def whole(path, need=None):
     """Yield a name beside `path`; what the block writes there becomes `path` if it ends well, else goes."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with disk_errors(path, need):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path, need):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             yield beside
             settle(beside)
             os.replace(beside, path)
             settle(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
+        finally:
+            beside.unlink(missing_ok=True)
 
 # %% ../nbs/00_files.ipynb #f54aa399
 def write_bytes(path, data: bytes):
