@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['objectives', 'Loss', 'Tally', 'Objective', 'MaskedAutoencoding', 'term_weights', 'Turns', 'LearnedHiding',
-           'CurriculumLearnedMasking', 'make_objective']
+           'CurriculumLearnedMasking', 'View', 'view', 'make_objective']
 
 # %% ../nbs/10_objectives.ipynb #5d6406c6
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from clmae.losses import (
 from .mae import MAE, Encoder
 from .masker import Masker, relaxations
 from .masking import Draw, Mask, RuleHiding, keep_count, keep_highest, maskings
-from .patches import patchify, standardise
+from .patches import patchify, standardise, unstandardise
 from .vit import call_detached
 
 # %% ../nbs/10_objectives.ipynb #b6c80352
@@ -116,6 +116,10 @@ class MaskedAutoencoding(Objective):
         """What is to be predicted: patches (b, n, p²c) of the images, standardised with `norm_pix`."""
         patches = patchify(images, self.encoder.patch_size)
         return standardise(patches) if self.norm_pix else patches
+
+    def scores(self, tokens: Tensor) -> Tensor | None:
+        """The wish (b, n) to keep each patch of tokens (b, n, d), or None where nothing is learned about it."""
+        return None
 
     def loss(self, phase: str, images: Tensor, pos: float, draw: Draw) -> Loss:
         prediction = self.calls["mae"](images, lambda tokens: self.hiding.propose(tokens, pos, draw))
@@ -210,6 +214,9 @@ class CurriculumLearnedMasking(MaskedAutoencoding):
         )
         self.hiding = LearnedHiding(self.masker, keep_count(mae.encoder.n, mask_ratio))
 
+    def scores(self, tokens: Tensor) -> Tensor:
+        return self.hiding.logits(tokens).sigmoid()
+
     def phases(self, step: int) -> tuple[str, ...]:
         return ("mae", "masker") if step % self.turns.every == 0 else ("mae",)
 
@@ -240,6 +247,28 @@ class CurriculumLearnedMasking(MaskedAutoencoding):
             "kl": self.kl(score, self.mask_ratio),
             "diversity": self.sameness(score),
         }
+
+# %% ../nbs/10_objectives.ipynb #e23ce71e
+class View(NamedTuple):
+    """A look at an objective: `score` (b, n) or None, `hidden` (b, n), `patches` (b, n, p²c) as seen and imagined."""
+
+    score: Tensor | None
+    hidden: Tensor
+    patches: Tensor
+
+
+@torch.no_grad()
+def view(objective: MaskedAutoencoding, images: Tensor, pos: float, draw: Draw) -> View:
+    """What `objective` hides of images (b, c, h, w) at place `pos`, and how it completes them."""
+    score = objective.scores(objective.encoder.embed(images))
+    said = objective.mae(images, lambda tokens: objective.hiding.propose(tokens, pos, draw))
+    true = patchify(images, objective.encoder.patch_size)
+    pred = (
+        unstandardise(said.patches.to(true.dtype), true)
+        if objective.norm_pix
+        else said.patches.to(true.dtype)
+    )
+    return View(score, said.mask.hidden, torch.where(said.mask.hidden[..., None] == 1, pred, true))
 
 # %% ../nbs/10_objectives.ipynb #dc4b7841
 objectives: dict[str, type[Objective]] = {"mae": MaskedAutoencoding, "cl_mae": CurriculumLearnedMasking}

@@ -70,6 +70,7 @@ class Slices:
     count: int = 1
 
     def __iter__(self):
+        """Pairs of images (b / count, c, h, w) and the draw that belongs to them."""
         b = self.batches.batch_size
         for start in range(0, b, b // self.count):
             draw = Draw(seed=(self.seed, self.step), start=start, total=b)
@@ -77,17 +78,17 @@ class Slices:
 
 
 def phase_step(
-    fabric: Fabric, objective: Objective, optimizer, phase: str, slices: Slices, pos: float, clip
+    fabric: Fabric, objective: Objective, optimizer, phase: str, slices: Iterable, pos: float, clip
 ) -> Loss:
-    """Move the net called `phase` once; its mean loss over the slices."""
-    weights = list(objective.nets[phase].parameters())
+    """Move the net called `phase` once; its mean loss over `slices`, pairs of images and their draw."""
+    weights, slices = list(objective.nets[phase].parameters()), list(slices)
     total, parts = 0.0, {}
     for images, draw in slices:
         with fabric.autocast():
             loss = objective.loss(phase, images.to(fabric.device, weights[0].dtype), pos, draw)
-        (loss.total / slices.count).backward(inputs=weights)
-        total = total + loss.total.detach() / slices.count
-        parts = {name: parts.get(name, 0.0) + part / slices.count for name, part in loss.parts.items()}
+        (loss.total / len(slices)).backward(inputs=weights)
+        total = total + loss.total.detach() / len(slices)
+        parts = {name: parts.get(name, 0.0) + part / len(slices) for name, part in loss.parts.items()}
     if clip is not None:
         nn.utils.clip_grad_norm_(weights, clip)
     optimizer.step()
@@ -249,15 +250,8 @@ def fit(
     for step in range(start, steps):
         look(at, step, objective)
         pos = position(step, steps)
-        losses = one_step(
-            fabric,
-            objective,
-            optimizers,
-            Slices(batches, step, seed, accumulate),
-            pos,
-            rate * schedule(pos),
-            clip,
-        )
+        slices = list(Slices(batches, step, seed, accumulate))  # augmented once, used by every phase
+        losses = one_step(fabric, objective, optimizers, step, slices, pos, rate * schedule(pos), clip)
         for phase, loss in losses.items():
             watch.see(step, phase, loss)
             tally.add(
@@ -288,10 +282,10 @@ def look(at: dict, step: int, objective: Objective) -> None:
         objective.train()
 
 
-def one_step(fabric, objective, optimizers, slices, pos, rate, clip) -> dict[str, Loss]:
+def one_step(fabric, objective, optimizers, step, slices, pos, rate, clip) -> dict[str, Loss]:
     """All phases of one optimizer step at learning rate `rate`; their losses by phase."""
     losses = {}
-    for phase in objective.phases(slices.step):
+    for phase in objective.phases(step):
         for group in optimizers[phase].param_groups:
             group["lr"] = rate
         losses[phase] = phase_step(fabric, objective, optimizers[phase], phase, slices, pos, clip)
