@@ -98,7 +98,7 @@ def plain(value, where="value"):
 def write_json(path, obj):
     """Write `obj` as JSON with sorted keys, indent 1, a last newline; UserError names a NaN by its place."""
     text = json.dumps(plain(obj, Path(path).name), sort_keys=True, indent=1, ensure_ascii=False)
-    write_bytes(path, (text + "\n").encode())
+    write_bytes(path, (text + "\n").encode(errors="backslashreplace"))  # names of files may hold any byte
 
 # %% ../nbs/00_files.ipynb #50f81dc8
 def must_exist(path) -> Path:
