@@ -1,0 +1,180 @@
+"""The command line, `python -m clmae`. Thin: a command reads the parameters and calls the function that does the work.
+
+`prepare`, `pretrain`, `evaluate`, `baselines` and `figures` need the package alone; `stage` and `verify` also need
+the extra `repro` (papermill and DVC).
+"""
+
+import argparse
+import signal
+import sys
+from itertools import product
+
+from clmae.config import UserError
+
+EXAMPLES = """examples:
+  python -m clmae validate                    check params.yaml, run nothing
+  python -m clmae prepare                     images in data/ -> build/prepared
+  python -m clmae pretrain --run mae --seed 0 one run; without options: every run with every seed
+  python -m clmae evaluate && python -m clmae baselines && python -m clmae figures
+  dvc repro                                   all of it, only what changed, into results/
+"""
+
+
+def valid(args):
+    """The validated parameters."""
+    from clmae.pipeline import read_valid
+
+    return read_valid(args.params)
+
+
+def pairs(args, config):
+    """The (run, seed) pairs that a command is about."""
+    from clmae.config import unknown
+
+    if args.run is not None and args.run not in config.objectives:
+        raise unknown("run", args.run, config.objectives, key="--run")
+    runs = config.runs if args.run is None else [args.run]
+    seeds = config.seeds if args.seed is None else [args.seed]
+    return product(runs, seeds)
+
+
+def validate(args):
+    config = valid(args)
+    print(f"{args.params}: fine; runs {', '.join(config.runs)}; seeds {', '.join(map(str, config.seeds))}")
+
+
+def prepare(args):
+    from clmae import data, runs
+
+    config, root, say = valid(args), runs.home(), runs.speaker()
+    settings = config.data.model_dump(exclude={"root"})
+    show = lambda done, total: done % 100 or say(f"{done} of {total} images")  # noqa: E731
+    manifest = data.prepare(root / config.data.root, root / "build/prepared", **settings, progress=show)
+    counts = ", ".join(f"{split['images']} {name}" for name, split in manifest["splits"].items())
+    print(f"\r{root / 'build/prepared'}: {counts} images, {len(manifest['skipped'])} files skipped")
+
+
+def pretrain(args):
+    from clmae import runs
+
+    config = valid(args)
+    sections = {name: getattr(config, name) for name in ("data", "model", "train", "film", "evaluate")}
+    for run, seed in pairs(args, config):
+        runs.pretrain_run(run=run, seed=seed, objective=config.objectives[run], **sections)
+
+
+def evaluate(args):
+    from clmae import runs
+
+    config = valid(args)
+    for run, seed in pairs(args, config):
+        runs.evaluate_run(run=run, seed=seed, evaluate=config.evaluate, train=config.train)
+
+
+def baselines(args):
+    from clmae import runs
+
+    config = valid(args)
+    sections = {name: getattr(config, name) for name in ("data", "model", "train", "evaluate")}
+    runs.baselines_run(**sections)
+
+
+def figures(args):
+    from clmae import runs
+    from clmae.config import read_params
+    from clmae.figures import draw_all
+
+    config, root = read_params(args.params), runs.home()
+    draw_all(root / "results", root / "build", config.runs, config.seeds, root / "results/figures")
+
+
+def complain(error, code):
+    """Say what went wrong; returns the exit code."""
+    if getattr(error, "story", ""):
+        print(error.story, file=sys.stderr)
+    print(f"clmae: error: {error}", file=sys.stderr)
+    return code
+
+
+def stage(args):
+    from clmae import pipeline
+
+    try:
+        pipeline.run_stage(args.name, args.keys, run=args.run, seed=args.seed, params=args.params)
+    except pipeline.StageError as error:
+        return complain(error, 1)
+
+
+def readme(args):
+    from clmae.files import find_root
+    from clmae.pipeline import write_readme
+
+    write_readme(find_root(), check=args.check)
+
+
+def verify(args):
+    from clmae import pipeline
+    from clmae.files import find_root
+
+    try:
+        return 0 if pipeline.verify(find_root(), args.tolerance) else 1
+    except pipeline.StageError as error:
+        return complain(error, 1)
+
+
+def parser():
+    top = argparse.ArgumentParser(
+        "clmae", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(metavar="command", required=True)
+
+    def add(call, text, params=True, pair=False):
+        command = commands.add_parser(call.__name__, help=text, description=text)
+        command.set_defaults(call=call)
+        if params:
+            command.add_argument(
+                "--params", default="params.yaml", metavar="FILE", help="default: %(default)s"
+            )
+        if pair:
+            command.add_argument("--run", metavar="NAME", help="a block under objectives; default: all runs")
+            command.add_argument("--seed", type=int, metavar="N", help="default: all seeds")
+        return command
+
+    add(validate, "check the parameters, run nothing")
+    add(prepare, "decode, resize and store the images of data.root")
+    add(pretrain, "pretrain; an interrupted run continues from its checkpoint", pair=True)
+    add(evaluate, "kNN and linear probe on the frozen features of pretrained encoders", pair=True)
+    add(baselines, "the same probes on a random encoder, pixels and PCA")
+    add(figures, "draw every figure from results/ and write results/metrics.json")
+    command = add(stage, "run one stage's notebook, as dvc.yaml does", pair=True)
+    command.add_argument("name", help="prepare, pretrain, evaluate, ...: nbs/stages/*_NAME.ipynb")
+    command.add_argument(
+        "-P", dest="keys", action="append", default=[], metavar="KEY",
+        help="hand this section of the parameters, or key of a section, to the notebook (repeatable)",
+    )  # fmt: skip
+    command = add(readme, "write README.md from nbs/index.ipynb", params=False)
+    command.add_argument("--check", action="store_true", help="write nothing; exit 2 if it differs")
+    command = add(verify, "rebuild the last commit in build/verify and compare the results", params=False)
+    command.add_argument(
+        "--tolerance", type=float, default=0.02, metavar="T",
+        help="numbers agree if they differ by less than T, relative to the larger where that exceeds 1; default: %(default)s",
+    )  # fmt: skip
+    return top
+
+
+def main(argv=None) -> int:
+    """Run a command; 0 fine, 1 failed, 2 the user's mistake (one line on stderr), 130 interrupted."""
+    args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return args.call(args) or 0
+    except UserError as error:
+        return complain(error, 2)
+    except KeyboardInterrupt:
+        again = "`dvc repro`" if args.call is stage else "the same command"
+        print(f"\nclmae: interrupted; {again} continues from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
