@@ -13,9 +13,9 @@ COPY = ROOT / "build" / "check"
 LARGEST = 500_000  # bytes of a notebook
 
 
-def run(*command, cwd=ROOT) -> list[str]:
+def run(*command, cwd=None) -> list[str]:
     """The output's lines if the command fails, else nothing."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True)
     return (done.stdout + done.stderr).strip().splitlines() if done.returncode else []
 
 
@@ -69,7 +69,7 @@ def exported() -> list[str]:
 
 def formatted() -> list[str]:
     """formatting (else run ruff format)"""
-    return run("ruff", "format", "--check", ".")
+    return run("ruff", "format", "--check", "--output-format", "concise", ".")
 
 
 def linted() -> list[str]:

@@ -1,0 +1,70 @@
+"""README keeps its word: its numbers are the results', its links lead somewhere, its example runs."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def tables(notebook) -> list[str]:
+    """The markdown that the notebook's cells have displayed."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return ["".join(output["data"]["text/markdown"]) for output in outputs if "data" in output]
+
+
+def test_tables_are_what_the_results_give_now():
+    """Numbers, times and the list of notebooks; after new results: make record."""
+    kept = nbformat.read(ROOT / "nbs/index.ipynb", 4)
+    run = nbformat.read(ROOT / "nbs/index.ipynb", 4)
+    NotebookClient(run, resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
+    assert len(tables(kept)) == 3
+    assert tables(run) == tables(kept), "run make record"
+
+
+def test_numbers_are_those_of_metrics():
+    metrics = json.loads((ROOT / "results/metrics.json").read_text())
+    section = README.split("\n## Results\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[2:4] for line in section.splitlines() if line.startswith("|")][2:]
+    expected = [*metrics["baselines"].values(), *metrics["runs"].values()]
+    assert len(rows) == len(expected)
+    for row, summary in zip(rows, expected, strict=True):
+        for cell, probe in zip(row, ("knn", "linear"), strict=True):
+            shown = [float(x) for x in re.findall(r"\d+\.\d", cell.split("±")[0] + cell.partition("(")[2])]
+            want = [100 * summary[probe][key] for key in ("mean", "low", "high")]
+            assert shown[0] == pytest.approx(want[0], abs=0.0501)
+            assert shown[-2:] == pytest.approx(want[1:], abs=0.0501)
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)\s]+)\)", README)
+    local = [target.split("#")[0] for target in targets if "://" not in target]
+    assert len(local) > 10
+    assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_every_notebook_is_on_the_map():
+    for path in [*(ROOT / "nbs").glob("[0-9]*.ipynb"), *(ROOT / "nbs/stages").glob("[0-9]*.ipynb")]:
+        assert f"({path.relative_to(ROOT)})" in README
+
+
+def test_the_example_is_ten_lines_and_runs(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    from clmae.mae import build_mae, save
+
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    encoder = build_mae([64, 64], [8, 8]).encoder
+    save(encoder, tmp_path / "build/runs/cl_mae-0")
+    (tmp_path / "photos").mkdir()
+    for i, (mode, size) in enumerate([("RGB", (80, 60)), ("L", (64, 64)), ("RGB", (31, 200))]):
+        Image.new(mode, size, 40 * i).save(tmp_path / f"photos/{i}.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert f"torch.Size([3, {encoder.width}])" in capsys.readouterr().out
