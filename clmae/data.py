@@ -7,10 +7,11 @@ __all__ = ['EXTENSIONS', 'FOREIGN', 'SPLITS', 'MODES', 'LAB', 'SRGB', 'DataError
            'walk', 'wrapping', 'by_split', 'check_splits', 'folder_part', 'folder_source', 'class_names',
            'parquet_errors', 'open_parquet', 'rows', 'raw_labels', 'named_labels', 'parquet_splits', 'parquet_part',
            'class_order', 'parquet_source', 'find_source', 'Bad', 'open_still', 'sixteen', 'eight_bit', 'coloured',
-           'fit', 'reason', 'decode', 'upright', 'split_off', 'assign', 'NpyWriter', 'in_order', 'Looked', 'sums_of',
-           'look', 'printable', 'Tally', 'check_tally', 'pack', 'describe', 'check_request', 'cores', 'prepare',
-           'store_arrays', 'Store', 'normalise', 'largest', 'draw_crops', 'places', 'augment', 'available_memory',
-           'fits', 'to_device', 'Resident', 'Streamed', 'TrainBatches', 'eval_batches']
+           'fit', 'upright', 'reason', 'decode', 'split_off', 'assign', 'NpyWriter', 'in_order', 'Looked', 'sums_of',
+           'look', 'printable', 'Tally', 'moments', 'repeated', 'check_tally', 'pack', 'split_facts', 'describe',
+           'origin', 'check_request', 'cores', 'prepare', 'store_arrays', 'Store', 'normalise', 'largest', 'draw_crops',
+           'places', 'augment', 'available_memory', 'fits', 'to_device', 'Resident', 'Streamed', 'Plan', 'TrainBatches',
+           'eval_batches']
 
 # %% ../nbs/02_data.ipynb #5d6406c6
 import json
@@ -42,7 +43,7 @@ from .config import UserError, unknown
 class DataError(UserError):
     """Images that are missing, unusable or laid out in no known way; one line says which and what to do."""
 
-# %% ../nbs/02_data.ipynb #b81c5a28
+# %% ../nbs/02_data.ipynb #ff946161
 EXTENSIONS = set(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .pbm".split())
 FOREIGN = set(".heic .heif .avif .jxl .jp2 .psd .dng .cr2 .nef .arw".split())
 SPLITS = {
@@ -51,7 +52,7 @@ SPLITS = {
     "test": {"test", "testing"},
 }
 
-
+# %% ../nbs/02_data.ipynb #b81c5a28
 def split_of(word: str) -> str | None:
     """The split a folder or file name means: 'Training' -> 'train'; None for any other word."""
     return next((split for split, words in SPLITS.items() if word.lower() in words), None)
@@ -66,7 +67,7 @@ class Part:
     labels: np.ndarray
     blobs: Callable[[], Iterator[Callable[[], bytes]]]
 
-
+# %% ../nbs/02_data.ipynb #9a35b89b
 @dataclass(frozen=True)
 class Source:
     """What was found: `kind`, a Part per split, class names ([] = unlabelled), and how many files of which
@@ -82,7 +83,7 @@ def unreadable(error: OSError):
     """Raise a DataError for a folder that can't be listed."""
     raise DataError(f"{error.filename}: {error.strerror.lower()}; make the folder readable or move it away")
 
-
+# %% ../nbs/02_data.ipynb #22831333
 def walk(root) -> list[str]:
     """All files below `root` as sorted relative names; hidden ones left out, links followed once."""
     found, entered = [], set()
@@ -151,7 +152,7 @@ def folder_part(root, images: list[tuple[str, ...]], classes: list[str]) -> Part
     labels = np.array([number[image[0]] if classes else -1 for image in images], dtype=np.int64)
     return Part(names, labels, lambda: (partial(Path(root, name).read_bytes) for name in names))
 
-
+# %% ../nbs/02_data.ipynb #a8e637f2
 def folder_source(root, names: list[str], ignored) -> Source:
     """ImageFolder or flat folder, with or without splits, from the image files `names` below `root`."""
     splits = by_split(names, root)
@@ -182,7 +183,7 @@ def parquet_errors(path):
         said = str(error).split("\n")[0].split(". ")[0]
         raise DataError(f"{path}: damaged, or no parquet file ({said}); replace it") from None
 
-
+# %% ../nbs/02_data.ipynb #e857e865
 def open_parquet(path) -> pq.ParquetFile:
     """The opened file; DataError if it is damaged or has no column of image bytes."""
     with parquet_errors(path):
@@ -196,7 +197,7 @@ def open_parquet(path) -> pq.ParquetFile:
             return file
     raise DataError(f"{path}: needs a column 'image' of bytes; its columns: {', '.join(columns.names)}")
 
-
+# %% ../nbs/02_data.ipynb #2384a783
 def rows(path, size=64) -> Iterator[Callable[[], bytes]]:
     """The encoded images of a parquet file, in order, `size` rows in memory at a time."""
     batches = open_parquet(path).iter_batches(size, columns=["image"])
@@ -222,7 +223,7 @@ def raw_labels(paths: list[Path]) -> list:
         values += [None if isinstance(v, int) and v < 0 else v for v in column]
     return values
 
-
+# %% ../nbs/02_data.ipynb #6a0d71c6
 def named_labels(values: list, names: list[str], path) -> list[str | None]:
     """Labels as class names. DataError for a number outside `names` or a value that is no label."""
     bad = [v for v in values if not isinstance(v, (str, int, type(None)))]
@@ -241,7 +242,7 @@ def parquet_splits(root, names: list[str]) -> dict[str, list[Path]]:
         raise DataError(f"{root}: {nameless[0]} names no split; begin its name with train, val or test")
     return {s: [Path(root, n) for n in names if words[n] == s] for s in SPLITS if s in words.values()}
 
-
+# %% ../nbs/02_data.ipynb #9afb6f38
 def parquet_part(root, paths: list[Path], labels: list[str | None], classes: list[str]) -> Part:
     """A Part of parquet rows, named like train.parquet[12]."""
     counts = [(p.relative_to(root).as_posix(), open_parquet(p).metadata.num_rows) for p in paths]
@@ -255,7 +256,7 @@ def class_order(found: set[str]) -> list[str]:
     """Class names in order: by value if all are numbers, else as text."""
     return sorted(found, key=lambda n: (int(n), n) if all(f.isdigit() for f in found) else (0, n))
 
-
+# %% ../nbs/02_data.ipynb #1dcc4087
 def parquet_source(root, names: list[str], ignored) -> Source:
     """Parquet files `names` below `root`: splits by file name, labels by column."""
     splits = parquet_splits(root, names)
@@ -295,7 +296,7 @@ def find_source(root) -> Source:
 class Bad(Exception):
     """A file that cannot become an image; the text is the reason, without the file's name."""
 
-
+# %% ../nbs/02_data.ipynb #6f4e61a4
 def open_still(data: bytes) -> Image.Image:
     """The opened, not yet decoded image. Raises Bad for nothing, films and stacks."""
     if not data:
@@ -311,7 +312,7 @@ def sixteen(image: Image.Image) -> bool:
     """Whether the file stores 16 bits a channel. Pillow knows it only until the pixels are loaded."""
     return ";16" in str(image.tile)
 
-
+# %% ../nbs/02_data.ipynb #45b673f7
 def eight_bit(image: Image.Image, deep: bool) -> tuple[Image.Image, str]:
     """The image with 8 bits a channel, and a note if it had 16 (`deep`). Raises Bad for 32 bits."""
     if deep and image.mode.startswith("I"):
@@ -324,11 +325,11 @@ def eight_bit(image: Image.Image, deep: bool) -> tuple[Image.Image, str]:
         raise Bad(f"32-bit pixels (mode {image.mode}), whose range is unknown")
     return image, "16-bit colour, upper 8 bits kept" if deep else ""
 
-# %% ../nbs/02_data.ipynb #e05bade2
+# %% ../nbs/02_data.ipynb #f01e39f4
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 LAB, SRGB = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
 
-
+# %% ../nbs/02_data.ipynb #e05bade2
 def coloured(image: Image.Image, channels: int) -> Image.Image:
     """Any Pillow mode as gray (1), RGB (3) or RGBA (4 channels); without alpha, laid on white."""
     if image.mode == "LAB":
@@ -348,6 +349,13 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     box = (left, top, min(width, left + scale * w), min(height, top + scale * h))
     return image.resize((w, h), Image.Resampling.BICUBIC, box=box)
 
+# %% ../nbs/02_data.ipynb #7ab49bc9
+def upright(image: Image.Image) -> Image.Image:
+    """The image decoded and turned as its EXIF orientation says."""
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
+
 # %% ../nbs/02_data.ipynb #88651ed2
 def reason(error: Exception) -> str:
     """One line, the same in every run, for what a decoder raised."""
@@ -358,9 +366,9 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()  # without the path, which differs from place to place
     text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "data", " ".join(str(error).split()))
-    return text or type(error).__name__
+    return f"damaged: {text or type(error).__name__}"
 
-
+# %% ../nbs/02_data.ipynb #ba5bdd1f
 def decode(data: bytes, size, channels=3, min_size=1) -> tuple[np.ndarray, str]:
     """Pixels (c, h, w) uint8 of an encoded image and a note on what was lost. Raises Bad with the reason."""
     try:
@@ -374,13 +382,6 @@ def decode(data: bytes, size, channels=3, min_size=1) -> tuple[np.ndarray, str]:
     except Exception as error:
         raise Bad(reason(error)) from None
     return np.ascontiguousarray(np.asarray(image).reshape(*size, channels).transpose(2, 0, 1)), note
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image decoded and turned as its EXIF orientation says."""
-    image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
 
 # %% ../nbs/02_data.ipynb #c5b10a7b
 def split_off(labels: np.ndarray, share: float, seed: int, tag: int) -> np.ndarray:
@@ -459,13 +460,13 @@ class Looked:
     digest: str = ""
     sums: np.ndarray | int = 0
 
-
+# %% ../nbs/02_data.ipynb #f5873634
 def sums_of(pixels: np.ndarray) -> np.ndarray:
     """(2, c) int64: the sum of the values and of their squares per channel of pixels (c, h, w) uint8."""
     values = pixels.reshape(len(pixels), -1).astype(np.int64)
     return np.stack([values.sum(1), (values**2).sum(1)])
 
-
+# %% ../nbs/02_data.ipynb #e072be86
 def look(fetch: Callable[[], bytes], **how) -> Looked:
     """Fetch and decode one image; never raises for what is wrong with the file."""
     digest = ""
@@ -510,16 +511,18 @@ class Tally:
                 self.sums = self.sums + seen.sums
                 self.pixels += seen.pixels[0].size
 
-    def moments(self) -> tuple[list[float], list[float]]:
-        """Mean and deviation per channel of the training images, in [0, 1]; a constant channel has 1."""
-        mean, square = self.sums / self.pixels
-        std = np.sqrt(np.maximum(square - mean**2, 0)) / 255
-        return (mean / 255).tolist(), np.where(std > 0, std, 1.0).tolist()
+# %% ../nbs/02_data.ipynb #7b3dbb19
+def moments(tally: Tally) -> tuple[list[float], list[float]]:
+    """Mean and deviation per channel of the training images, in [0, 1]; a constant channel has 1."""
+    mean, square = tally.sums / tally.pixels
+    std = np.sqrt(np.maximum(square - mean**2, 0)) / 255
+    return (mean / 255).tolist(), np.where(std > 0, std, 1.0).tolist()
 
-    def repeated(self) -> dict[str, int]:
-        """Images of val and test whose bytes also occur in train."""
-        train = self.digests["train"]
-        return {s: sum(n for d, n in self.digests[s].items() if d in train) for s in ("val", "test")}
+# %% ../nbs/02_data.ipynb #566ed42f
+def repeated(tally: Tally) -> dict[str, int]:
+    """Images of val and test whose bytes also occur in train."""
+    train = tally.digests["train"]
+    return {s: sum(n for d, n in tally.digests[s].items() if d in train) for s in ("val", "test")}
 
 # %% ../nbs/02_data.ipynb #c59862a1
 def check_tally(tally: Tally, max_bad: float, root):
@@ -553,25 +556,35 @@ def pack(source: Source, goes, tmp: Path, tally: Tally, threads: int, progress, 
     for split, labels in tally.labels.items():
         np.save(tmp / f"{split}_labels.npy", np.array(labels, dtype=np.int64))
 
+# %% ../nbs/02_data.ipynb #a8b0bd75
+def split_facts(tmp: Path, split: str, labels: list[int], classes: list[str]) -> dict:
+    """Number of images, images per class and hashes of the two files of a split."""
+    numbers = np.array(labels, dtype=np.int64)
+    counts = np.bincount(numbers[numbers >= 0], minlength=len(classes)).tolist()
+    hashes = {name: files.sha256(tmp / name) for name in (f"{split}.npy", f"{split}_labels.npy")}
+    return {"images": len(labels), "per_class": dict(zip(classes, counts)), "sha256": hashes}
+
 # %% ../nbs/02_data.ipynb #8e98c231
-def describe(tmp: Path, tally: Tally, classes: list[str], **more) -> dict:
-    """The manifest of the store in `tmp`: counts, moments, hashes, skipped, converted files; and `more`."""
-    splits = {}
-    for split, labels in tally.labels.items():
-        counts = np.bincount(np.array(labels)[np.array(labels) >= 0], minlength=len(classes)).tolist()
-        names = (f"{split}.npy", f"{split}_labels.npy")
-        hashes = {name: files.sha256(tmp / name) for name in names}
-        splits[split] = {"images": len(labels), "per_class": dict(zip(classes, counts)), "sha256": hashes}
-    mean, std = tally.moments()
+def describe(tmp: Path, tally: Tally, classes: list[str]) -> dict:
+    """What the manifest says of any store: counts, moments, hashes, skipped and converted files."""
+    mean, std = moments(tally)
     return {
-        "splits": splits,
+        "splits": {s: split_facts(tmp, s, labels, classes) for s, labels in tally.labels.items()},
         "classes": list(classes),
         "mean": mean,
         "std": std,
         "skipped": tally.skipped,
         "converted": tally.converted,
-        "repeated_from_train": tally.repeated(),
-        **more,
+        "repeated_from_train": repeated(tally),
+    }
+
+# %% ../nbs/02_data.ipynb #06c0bd59
+def origin(source: Source, tally: Tally) -> dict:
+    """What the manifest says of the folder that a store was made from."""
+    return {
+        "source": {"kind": source.kind, "files": tally.count, "sha256": tally.listing.hexdigest()},
+        "ignored": source.ignored,
+        "split_off_from_train": [split for split in ("val", "test") if split not in source.parts],
     }
 
 # %% ../nbs/02_data.ipynb #640fb224
@@ -583,7 +596,7 @@ def check_request(source: Source, channels: int, size, out):
     if need > (free := files.free_space(out)):
         raise DataError(f"{out}: the store needs {need / 1e6:.0f} MB; the disk has {free / 1e6:.0f} MB free")
 
-
+# %% ../nbs/02_data.ipynb #381a3cc6
 def cores() -> int:
     """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -617,15 +630,8 @@ def prepare(
     with files.fresh_dir(out) as tmp:
         pack(source, goes, tmp, tally, threads or cores(), progress or (lambda *_: None), **how)
         check_tally(tally, max_bad, source_root)
-        manifest = describe(
-            tmp,
-            tally,
-            source.classes,
-            source={"kind": source.kind, "files": tally.count, "sha256": tally.listing.hexdigest()},
-            ignored=source.ignored,
-            split_off_from_train=[split for split in ("val", "test") if split not in source.parts],
-            settings={**how, "validation": validation, "seed": seed, "max_bad": max_bad},
-        )
+        settings = {"settings": {**how, "validation": validation, "seed": seed, "max_bad": max_bad}}
+        manifest = describe(tmp, tally, source.classes) | origin(source, tally) | settings
         files.write_json(tmp / "manifest.json", manifest)
     return files.read_json(Path(out) / "manifest.json")
 
@@ -689,7 +695,7 @@ def largest(size, ratio) -> tuple[float, float]:
     allowed = min(max(w / h, ratio[0]), ratio[1])
     return min(h, w / allowed), min(w, h * allowed)
 
-
+# %% ../nbs/02_data.ipynb #8ba8ffe8
 def draw_crops(rng: np.random.Generator, b: int, size, scale, ratio, tries=10) -> np.ndarray:
     """Boxes (b, 4) float32: top, left, height, width in px inside an image (h, w), as torchvision draws."""
     h, w = size
@@ -708,7 +714,7 @@ def places(start: Tensor, length: Tensor, count: int, side: int) -> Tensor:
     steps = (torch.arange(count, device=start.device) + 0.5) / count
     return (start[:, None] + length[:, None] * steps) * (2 / side) - 1
 
-
+# %% ../nbs/02_data.ipynb #2108723a
 def augment(images: Tensor, crops: Tensor, flips: Tensor, size, mean: Tensor, std: Tensor) -> Tensor:
     """Boxes `crops` (b,4) px of uint8 images (b,c,h,w), resized to `size`, mirrored by `flips`, normalised.
 
@@ -735,7 +741,7 @@ def available_memory() -> int:
         pass
     return min(left)
 
-
+# %% ../nbs/02_data.ipynb #09380100
 def fits(nbytes: int, device: torch.device, resident: str) -> bool:
     """Whether a store stays on the device: 'always', 'never', or 'auto': if half of what is free holds it."""
     if resident not in ("auto", "always", "never"):
@@ -749,7 +755,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
-
+# %% ../nbs/02_data.ipynb #6659aa2e
 class Resident:
     """All images as one uint8 tensor on the device."""
 
@@ -790,8 +796,35 @@ class Streamed:
         if key not in self.ahead:
             self.ahead[key] = self.pool.submit(self.read, index)
 
+# %% ../nbs/02_data.ipynb #f637bf66
+class Plan:
+    """Which images, boxes and mirrors make the global batch of a step; pure functions of (seed, step)."""
+
+    def __init__(self, n, batch_size, size, seed, scale, ratio, flip):
+        self.n, self.batch_size, self.size, self.seed = n, min(batch_size, n), tuple(size), seed
+        self.steps_per_epoch, self.order = n // self.batch_size, {}
+        self.scale, self.ratio, self.flip = scale, ratio, flip
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """The order (n,) of an epoch; this one and its neighbours are remembered."""
+        if epoch not in self.order:
+            drawn = np.random.default_rng([self.seed, 0, epoch]).permutation(self.n)
+            self.order = {e: o for e, o in self.order.items() if abs(e - epoch) == 1} | {epoch: drawn}
+        return self.order[epoch]
+
+    def indices(self, step: int) -> np.ndarray:
+        """The images (b,) of a step."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self.permutation(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def draws(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The boxes (b, 4) and mirrors (b,) of a step."""
+        rng = np.random.default_rng([self.seed, 1, step])
+        crops = draw_crops(rng, self.batch_size, self.size, self.scale, self.ratio)
+        return crops, rng.random(self.batch_size) < (0.5 if self.flip else 0.0)
+
 # %% ../nbs/02_data.ipynb #e6e2e01e
-class TrainBatches:
+class TrainBatches(Plan):
     """Augmented, normalised batches of a Store on a device; a pure function of (seed, step).
 
     `batch_size` is global; `crop_scale` share of the area; `crop_ratio` width/height; `resident` auto, always
@@ -810,33 +843,14 @@ class TrainBatches:
         flip=True,
         resident="auto",
     ):
-        self.n, self.batch_size = len(store), min(batch_size, len(store))
-        self.note = f"batch_size {batch_size} is more than the {self.n} images; every batch holds them all"
-        self.note = self.note if batch_size > self.n else None
-        self.steps_per_epoch, self.size = self.n // self.batch_size, store.images.shape[2:]
-        self.seed, self.scale, self.ratio, self.flip = seed, crop_scale, crop_ratio, flip
-        self.device, self.order = torch.device(device), {}
+        size = store.images.shape[2:]
+        super().__init__(len(store), batch_size, size, seed, crop_scale, crop_ratio, flip)
+        note = f"batch_size {batch_size} is more than the {self.n} images; every batch holds them all"
+        self.note = note if batch_size > self.n else None
+        self.device = torch.device(device)
         self.mean, self.std = (torch.tensor(m, device=self.device) for m in (store.mean, store.std))
         self.resident = fits(store.images.nbytes, self.device, resident)
         self.reader = (Resident if self.resident else Streamed)(store.images, self.device)
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        """The order (n,) of an epoch; this one and the last are kept."""
-        if epoch not in self.order:
-            drawn = np.random.default_rng([self.seed, 0, epoch]).permutation(self.n)
-            self.order = {e: o for e, o in self.order.items() if abs(e - epoch) == 1} | {epoch: drawn}
-        return self.order[epoch]
-
-    def indices(self, step: int) -> np.ndarray:
-        """Which images (b,) make the global batch of a step."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return self.permutation(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
-
-    def draws(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Crops (b, 4) and flips (b,) of the global batch of a step."""
-        rng = np.random.default_rng([self.seed, 1, step])
-        crops = draw_crops(rng, self.batch_size, self.size, self.scale, self.ratio)
-        return crops, rng.random(self.batch_size) < (0.5 if self.flip else 0.0)
 
     def rows(self, step: int, start: int, stop: int) -> Tensor:
         """Rows start…stop of the global batch of a step, (stop − start, c, h, w), augmented, normalised."""
