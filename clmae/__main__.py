@@ -80,12 +80,11 @@ def baselines(args):
 
 
 def figures(args):
-    from clmae import runs
     from clmae.config import read_params
     from clmae.figures import draw_all
 
-    config, root = read_params(args.params), runs.home()
-    draw_all(root / "results", root / "build", config.runs, config.seeds, root / "results/figures")
+    config = read_params(args.params)
+    print(f"results/figures: {', '.join(draw_all(config.runs, config.seeds))}")
 
 
 def complain(error, code):

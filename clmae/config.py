@@ -34,7 +34,7 @@ class ConfigError(UserError):
     """A mistake in `params.yaml`; `problems` holds every line, `str(e)` the first and the others' keys."""
 
     def __init__(self, *problems, path=None):
-        self.problems = problems
+        self.problems = problems = [" ".join(p.split()) for p in problems]
         first, *others = dict.fromkeys(p.split(":")[0] for p in problems)
         where = f"{path}: " if path else ""
         super().__init__(where + problems[0] + (f" (also wrong: {', '.join(others)})" if others else ""))
@@ -319,7 +319,7 @@ def line(values, problem) -> str:
     if problem["type"] in ("extra_forbidden", "invalid_key"):
         return unknown_key(loc)
     field, dotted = field_at(loc)
-    if problem["type"] == "missing":
+    if problem["type"] == "missing" and len(loc) == len(dotted.split(".")):
         return f"{dotted}: missing; expected {expected(field)}"
     value = values
     for part in dotted.split("."):
