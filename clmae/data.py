@@ -747,6 +747,9 @@ def fits(nbytes: int, device: torch.device, resident: str) -> bool:
     if resident not in ("auto", "always", "never"):
         raise unknown("choice", resident, ("auto", "always", "never"), key="train.resident")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if resident == "always" and nbytes > free:
+        need = f"{nbytes / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free"
+        raise DataError(f"train.resident: always, but the images take {need}; use auto or never")
     return resident == "always" or (resident == "auto" and nbytes <= free / 2)
 
 # %% ../nbs/02_data.ipynb #29da2873
