@@ -11,7 +11,8 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := build/venv
 BIN := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
-RUN := PATH="$(BIN):$$PATH" "$(BIN)/python"
+HERE := PATH="$(BIN):$$PATH" PYTHONPATH="$(CURDIR)"
+RUN := $(HERE) "$(BIN)/python"
 MINIMUM := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 
 # The environment is made once, and again when the requirements or the place of the clone change.
@@ -34,7 +35,7 @@ test: $(ENV) data ## the whole test suite: pytest, then every notebook from top 
 	@status=0; \
 	$(RUN) -m pytest -n $(JOBS) --dist loadfile || status=1; \
 	echo "Every notebook, from top to bottom:"; \
-	OMP_NUM_THREADS=1 MPLBACKEND=agg PATH="$(BIN):$$PATH" nbdev_test --n_workers $(JOBS) --timing || status=1; \
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(HERE) nbdev_test --n_workers $(JOBS) --timing || status=1; \
 	exit $$status
 
 lab: $(ENV) ## open the notebooks in JupyterLab
