@@ -51,7 +51,7 @@ def prepare(args):
     show = lambda done, total: done % 100 or say(f"{done} of {total} images")  # noqa: E731
     manifest = data.prepare(root / config.data.root, root / "build/prepared", **settings, progress=show)
     counts = ", ".join(f"{split['images']} {name}" for name, split in manifest["splits"].items())
-    print(f"\r{root / 'build/prepared'}: {counts} images, {len(manifest['skipped'])} files skipped")
+    print(f"\rbuild/prepared: {counts} images, {len(manifest['skipped'])} files skipped")
 
 
 def pretrain(args):

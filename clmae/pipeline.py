@@ -441,8 +441,9 @@ def needs(*modules):
     try:
         return [importlib.import_module(module) for module in modules]
     except ImportError as error:
+        missing = error.name.partition(".")[0]
         raise UserError(
-            f"{error.name} is not installed, and stages need it: pip install -e '.[repro]'; "
+            f"{missing} is not installed, and stages need it: pip install -e '.[repro]'; "
             "without it, run `python -m clmae prepare`, `pretrain`, `evaluate`, `figures`"
         ) from None
 
@@ -470,6 +471,8 @@ def execute(source, partial, parameters, root):
             str(partial),
             parameters,
             cwd=str(root),
+            kernel_name="python3",
+            language="python",
             progress_bar=False,
             stderr_file=sys.stderr,
             shutdown_kernel="immediate",
