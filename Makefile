@@ -69,5 +69,6 @@ build/venv/.ready-$(KEY):
 	@echo "Making the environment in build/venv: once, some minutes, about 6 GB."
 	@"$(PYTHON)" -m venv --clear build/venv
 	@if [ -t 1 ]; then quiet=; else quiet=-q; fi; \
-	build/venv/bin/python -m pip install $$quiet --disable-pip-version-check --no-input -c requirements.lock -e '.[repro,dev]'
+	PYTHONWARNINGS=ignore build/venv/bin/python -m pip install $$quiet \
+		--disable-pip-version-check --no-input -c requirements.lock -e '.[repro,dev]'
 	@touch "$@"

@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from configparser import ConfigParser
+from importlib.metadata import distributions as distributions_installed
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +79,16 @@ def test_lock_holds_plain_pins_that_other_platforms_can_use():
     text = (ROOT / "requirements.lock").read_text()
     assert not re.search(r"^(nvidia|cuda|triton)", text, re.MULTILINE)
     assert not re.search(r"^[^#].*(://| @ |^-e)", text, re.MULTILINE)
+
+
+def test_locked_versions_run_on_the_oldest_python():
+    """Of the packages installed at their locked version: Debian 12, say, has Python 3.11.2."""
+    pins, oldest = locked(), settings()["min_python"] + ".0"
+    installed = {canonicalize_name(each.metadata["Name"]): each for each in distributions_installed()}
+    checked = {name: each for name, each in installed.items() if pins.get(name) == each.version}
+    assert len(checked) > 100
+    needs = {name: each.metadata["Requires-Python"] or "" for name, each in checked.items()}
+    assert {name: need for name, need in needs.items() if not SpecifierSet(need).contains(oldest)} == {}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
