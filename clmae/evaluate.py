@@ -139,7 +139,7 @@ def linear_fit(x, y, c):
         warnings.simplefilter("ignore", ConvergenceWarning)  # told by `converged`
         return probe.fit(np.asarray(x, np.float64), y)
 
-
+# %% ../nbs/12_evaluate.ipynb #c3ca252e
 def converged(probe):
     """Whether the logistic regression of a fitted probe stopped before its limit of iterations."""
     logistic = probe[-1]
@@ -188,10 +188,10 @@ def linear(
     predicted, notes = linear_predict(train_x, train_y, test_x, probe_c=probe_c, seed=seed)
     return accuracy_interval(predicted == np.asarray(test_y), bootstrap=bootstrap, seed=seed) | notes
 
-# %% ../nbs/12_evaluate.ipynb #eda5e7ec
+# %% ../nbs/12_evaluate.ipynb #ff946161
 evaluations = {"knn": knn, "linear": linear}
 
-
+# %% ../nbs/12_evaluate.ipynb #eda5e7ec
 def keywords(f):
     """Names of the keyword-only parameters of a function."""
     return {name for name, p in inspect.signature(f).parameters.items() if p.kind is p.KEYWORD_ONLY}

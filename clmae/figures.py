@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'KEPT', 'HIDDEN', 'BASELINE', 'STYLE', 'styled', 'PANELS', 'DASHES', 'DIVERGING', 'NAMES', 'PROBES',
-           'figures', 'CHARTS', 'FOLDERS', 'OWNED', 'colours', 'title', 'encode', 'Study', 'read_history', 'draw_lines',
-           'run_legend', 'draw_panel', 'draw_curriculum', 'as_rgb', 'per_pixel', 'shade', 'conceal', 'thumbnails',
-           'has_scores', 'film_cells', 'paste', 'factor_at', 'moment_labels', 'pixel_axes', 'draw_block', 'score_key',
-           'draw_film', 'draw_mask_maps', 'share_key', 'probes', 'summarise', 'beaten', 'verdict', 'read_evaluations',
-           'metrics', 'score_table', 'draw_accuracy', 'draw_method', 'draw_compute', 'draw_embedding', 'read_film',
-           'curriculum_figures', 'film_figures', 'map_figures', 'accuracy_figures', 'compute_figures',
-           'embedding_figures', 'encoded', 'strangers', 'remove', 'keep', 'project_folder', 'draw_all']
+           'UNITS', 'figures', 'CHARTS', 'FOLDERS', 'OWNED', 'colours', 'title', 'encode', 'Study', 'read_history',
+           'draw_lines', 'run_legend', 'draw_panel', 'draw_curriculum', 'as_rgb', 'per_pixel', 'shade', 'conceal',
+           'thumbnails', 'has_scores', 'film_cells', 'paste', 'factor_at', 'moment_labels', 'pixel_axes', 'draw_block',
+           'score_key', 'draw_film', 'draw_mask_maps', 'share_key', 'probes', 'summarise', 'beaten', 'verdict',
+           'read_evaluations', 'metrics', 'score_table', 'draw_accuracy', 'draw_method', 'flop_unit', 'draw_compute',
+           'draw_embedding', 'read_film', 'curriculum_figures', 'film_figures', 'map_figures', 'accuracy_figures',
+           'compute_figures', 'embedding_figures', 'encoded', 'strangers', 'remove', 'keep', 'project_folder',
+           'draw_all']
 
 # %% ../nbs/13_figures.ipynb #5d6406c6
 import io
@@ -24,14 +25,15 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.interpolate import make_interp_spline
 
 from .config import UserError
 from .files import find_root, read_json, read_metadata, read_tensors, write_bytes, write_json
 
-# %% ../nbs/13_figures.ipynb #67dd6399
+# %% ../nbs/13_figures.ipynb #ff946161
 OKABE_ITO = ["#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
 KEPT, HIDDEN, BASELINE = "#0072B2", "#D55E00", "#8A8A8A"
 STYLE = sns.axes_style("whitegrid") | {
@@ -47,7 +49,7 @@ STYLE = sns.axes_style("whitegrid") | {
 }
 styled = mpl.rc_context(STYLE)
 
-
+# %% ../nbs/13_figures.ipynb #67dd6399
 def colours(runs) -> dict:
     """One colour for each run, by its place; more than six runs get evenly spaced hues."""
     return dict(zip(runs, OKABE_ITO if len(runs) <= len(OKABE_ITO) else sns.color_palette("husl", len(runs))))
@@ -84,15 +86,16 @@ class Study:
 
 # %% ../nbs/13_figures.ipynb #02287148
 def read_history(study: Study) -> pd.DataFrame:
-    """One row per run, seed and epoch: the record in history.json, with `progress` (%) and `pflops`."""
+    """One row per run, seed and epoch: its record in history.json; `progress` is its middle in %."""
     tables = []
     for run, seed in study.pairs():
         path = study.build / "runs" / f"{run}-{seed}" / "history.json"
-        tables.append(pd.DataFrame(read_json(path)).assign(run=run, seed=seed))
-        if tables[-1].empty:
+        table = pd.DataFrame(read_json(path))
+        if table.empty:
             raise UserError(f"{path}: no epochs recorded; run the pretrain stage again")
-    table = pd.concat(tables, ignore_index=True).dropna(axis=1, how="all")
-    return table.assign(progress=100 * table["pos"], pflops=table["flops"] / 1e15)
+        middle = (table["pos"] + table["pos"].shift(fill_value=0.0)) / 2
+        tables.append(table.assign(run=run, seed=seed, progress=100 * middle))
+    return pd.concat(tables, ignore_index=True).dropna(axis=1, how="all")
 
 # %% ../nbs/13_figures.ipynb #1e57fc44
 def draw_lines(ax, table, x, y, palette, **style):
@@ -105,7 +108,7 @@ def draw_lines(ax, table, x, y, palette, **style):
         errorbar=band, legend=False, ax=ax, **style,
     )  # fmt: skip
 
-
+# %% ../nbs/13_figures.ipynb #e5ba94ff
 def run_legend(figure, palette, **place):
     """One legend for the whole figure: a coloured line for each run."""
     lines = [
@@ -113,7 +116,7 @@ def run_legend(figure, palette, **place):
     ]
     figure.legend(handles=lines, ncols=4, **({"loc": "outside upper center"} | place))
 
-# %% ../nbs/13_figures.ipynb #cb0fc223
+# %% ../nbs/13_figures.ipynb #f01e39f4
 PANELS = {
     "curriculum\nfactor λ": ["factor"],
     "MAE's loss\non hidden patches": ["loss.mae.reconstruction"],
@@ -122,7 +125,7 @@ PANELS = {
 }
 DASHES = ["-", "--", ":"]
 
-
+# %% ../nbs/13_figures.ipynb #cb0fc223
 def draw_panel(ax, history, label, columns, palette):
     """One panel of `PANELS`: a line style for each column, named if there are several."""
     for column, dash in zip(columns, DASHES):
@@ -134,6 +137,7 @@ def draw_panel(ax, history, label, columns, palette):
         names = [column.split(".")[-1] for column in columns]
         lines = [mpl.lines.Line2D([], [], color="k", ls=d, label=n) for d, n in zip(DASHES, names)]
         ax.legend(handles=lines, loc="upper right", ncols=len(lines))
+        ax.set_ylim(0, 1.35 * ax.get_ylim()[1])  # room for the legend
 
 # %% ../nbs/13_figures.ipynb #ce821ce7
 @styled
@@ -156,7 +160,7 @@ def as_rgb(images) -> np.ndarray:
     c = images.shape[-3]
     return np.moveaxis(images[..., [0, min(1, c - 1), min(2, c - 1)], :, :], -3, -1)
 
-
+# %% ../nbs/13_figures.ipynb #71ced6c9
 def per_pixel(values, grid, size) -> np.ndarray:
     """Values of patches (…,n) on a grid (rows, columns) → one per pixel (…,h,w,1); `size` is (h, w)."""
     square = np.reshape(values, (*values.shape[:-1], *grid))
@@ -171,7 +175,7 @@ def shade(images, score, grid) -> np.ndarray:
     strength = 0.75 * np.abs(2 * score - 1)
     return ((1 - strength) * grey + strength * colour).astype(np.uint8)
 
-
+# %% ../nbs/13_figures.ipynb #fdb7b832
 def conceal(images, hidden, grid) -> np.ndarray:
     """Images (m,h,w,3) with the patches blank where hidden (…,m,n) is 1."""
     return np.where(per_pixel(hidden, grid, images.shape[1:3]) > 0, np.uint8(232), images)
@@ -189,12 +193,12 @@ def thumbnails(images, side=128) -> np.ndarray:
     ]
     return np.reshape(np.array(flat), (*lead, size[1], size[0], 3))
 
-
+# %% ../nbs/13_figures.ipynb #2334cb6a
 def has_scores(film) -> bool:
     """Whether the film is of a learned masker; a rule has no scores and stores ½ everywhere."""
     return bool(np.ptp(film["score"]) > 0)
 
-
+# %% ../nbs/13_figures.ipynb #cba6ebfc
 def film_cells(film, grid, chosen) -> np.ndarray:
     """Cells (1+t, images·g, h, w, 3) of the `chosen` images: the originals, then a row per moment.
 
@@ -227,10 +231,12 @@ def factor_at(history: pd.DataFrame, pos) -> list | None:
     """The curriculum factor at places `pos` of one run and seed; None for a run without a masker."""
     if "factor" not in history:
         return None
-    known = history.dropna(subset=["factor"]).sort_values("pos")
-    return np.interp(pos, known["pos"], known["factor"]).tolist() if len(known) else None
+    known = history.dropna(subset=["factor"]).sort_values("progress")
+    if len(known) < 2:
+        return known["factor"].to_list() * len(pos) or None
+    return make_interp_spline(known["progress"] / 100, known["factor"], k=1)(pos).tolist()
 
-
+# %% ../nbs/13_figures.ipynb #7a354bbb
 def moment_labels(pos, factors) -> list[str]:
     """What is written beside each moment: `40 %` and, where there is a curriculum, `λ = +0.2`."""
     labels = [f"{round(100 * p)} %" for p in pos]
@@ -249,7 +255,7 @@ def pixel_axes(figure, left, top, width, height):
     ax.set(xticks=[], yticks=[])
     return ax
 
-
+# %% ../nbs/13_figures.ipynb #ec3aaa89
 def draw_block(figure, pasted, labels, headers, top):
     """One block of a film: its canvas pixel for pixel, moments at the left, headers above the first."""
     canvas, across, down = pasted
@@ -260,7 +266,7 @@ def draw_block(figure, pasted, labels, headers, top):
     for x, header in zip(across, headers * (len(across) // len(headers))):
         ax.text(x, middle, header, ha="center", va="center", fontsize=14)
 
-
+# %% ../nbs/13_figures.ipynb #1e5f0172
 def score_key(figure, left, top):
     """The colours of the score, as a bar with its ends named."""
     ax = pixel_axes(figure, left, top, 240, 20)
@@ -290,15 +296,14 @@ def draw_film(film: dict, grid, factors, name: str, chosen) -> Figure:
         score_key(figure, width - 320, sum(heights) + 4 + below)
     return figure
 
-# %% ../nbs/13_figures.ipynb #1128f06e
+# %% ../nbs/13_figures.ipynb #d6b0295c
 DIVERGING = LinearSegmentedColormap.from_list("kept-hidden", [KEPT, "white", HIDDEN])
 
-
+# %% ../nbs/13_figures.ipynb #1128f06e
 @styled
 def draw_mask_maps(maps: dict, grid, pos, ratio: float) -> Figure:
     """How often each patch is hidden: a row per name, a column per moment; `maps` name → shares (t,n)."""
-    span = max([0.25, *(np.abs(shares - ratio).max() for shares in maps.values())])
-    norm = Normalize(ratio - span, ratio + span)
+    norm = TwoSlopeNorm(ratio, 0, 1)
     figure = Figure(figsize=(9, 0.5 + 1.15 * len(maps) * grid[0] / grid[1]), layout="constrained")
     axes = figure.subplots(len(maps), len(pos), squeeze=False)
     for row, (name, shares) in zip(axes, maps.items()):
@@ -308,24 +313,23 @@ def draw_mask_maps(maps: dict, grid, pos, ratio: float) -> Figure:
         row[0].set_ylabel(name)
     for ax, label in zip(axes[0], moment_labels(pos, None)):
         ax.set_title(label)
-    share_key(figure, axes, norm, ratio)
+    share_key(figure, axes, norm)
     return figure
 
-
-def share_key(figure, axes, norm, ratio):
-    """The colour bar of the maps, in percent, without the part that no share can reach."""
+# %% ../nbs/13_figures.ipynb #ed4a35ad
+def share_key(figure, axes, norm):
+    """The colour bar of the maps, in percent, with white at the norm's centre."""
     bar = figure.colorbar(ScalarMappable(norm, DIVERGING), ax=axes, aspect=12, pad=0.02)
-    bar.ax.set_ylim(max(0, norm.vmin), min(1, norm.vmax))
-    ticks = [t for t in (0, 0.25, 0.5, 1) if norm.vmin <= t <= norm.vmax and abs(t - ratio) > 0.1] + [ratio]
-    bar.set_ticks(ticks, labels=[f"{100 * t:.0f} %" + ", chance" * (t == ratio) for t in ticks])
-    bar.set_label("images in which\nthe patch is hidden")
+    labels = ["never", f"{100 * norm.vcenter:.0f} %, chance", "always"]
+    bar.set_ticks([0, norm.vcenter, 1], labels=labels)
+    bar.set_label("patch is hidden")
 
 # %% ../nbs/13_figures.ipynb #87e9e738
 def probes(result: dict) -> list[str]:
     """Names of the probes in one evaluation's result."""
     return sorted(name for name, value in result.items() if isinstance(value, dict) and "accuracy" in value)
 
-
+# %% ../nbs/13_figures.ipynb #f10ed8b3
 def summarise(results: list[dict]) -> dict:
     """Per probe {"mean", "sd", "low", "high"} over a run's seeds (sd of one seed: 0), or {"skipped"}."""
     summary = {"seeds": len(results)}
@@ -344,7 +348,7 @@ def beaten(results: list[dict], baselines: dict, probe: str) -> list[str]:
     floor = min(result[probe]["low"] for result in results)
     return [name for name, b in baselines.items() if probe in b and b[probe]["high"] < floor]
 
-
+# %% ../nbs/13_figures.ipynb #f1d3bc26
 def verdict(run: str, results: list[dict], baselines: dict) -> str:
     """One sentence on which baselines a run beats outside the intervals, by each probe."""
     parts = []
@@ -355,10 +359,10 @@ def verdict(run: str, results: list[dict], baselines: dict) -> str:
         parts.append(told + (f", not {', '.join(others)}" if names and others else ""))
     return f"{title(run)}: {'; '.join(parts) or 'not evaluated'}"
 
-# %% ../nbs/13_figures.ipynb #466f5d29
+# %% ../nbs/13_figures.ipynb #7639469c
 NAMES = {"random": "random encoder", "pixels": "raw pixels", "pca": "PCA of pixels"}
 
-
+# %% ../nbs/13_figures.ipynb #466f5d29
 def read_evaluations(study: Study) -> tuple[dict, dict]:
     """Results by run, one per seed; and the baselines, in the order of `NAMES`."""
     where = study.results / "evaluate"
@@ -367,7 +371,7 @@ def read_evaluations(study: Study) -> tuple[dict, dict]:
     order = [*NAMES, *sorted(baselines)]
     return results, {name: baselines[name] for name in sorted(baselines, key=order.index)}
 
-
+# %% ../nbs/13_figures.ipynb #52eafaca
 def metrics(study: Study) -> dict:
     """What `results/metrics.json` holds: per run a summary over seeds and the verdict; the baselines."""
     results, baselines = read_evaluations(study)
@@ -388,10 +392,10 @@ def score_table(results: dict, baselines: dict) -> pd.DataFrame:
         for probe in probes(result)
     )
 
-# %% ../nbs/13_figures.ipynb #28c65ed1
+# %% ../nbs/13_figures.ipynb #2ad726a5
 PROBES = {"knn": "weighted kNN", "linear": "linear probe"}
 
-
+# %% ../nbs/13_figures.ipynb #28c65ed1
 @styled
 def draw_accuracy(scores: pd.DataFrame, palette: dict) -> Figure:
     """Test accuracy with intervals, a row per method and a panel per probe, from a `score_table`."""
@@ -409,7 +413,7 @@ def draw_accuracy(scores: pd.DataFrame, palette: dict) -> Figure:
     axes[0].set_ylim(len(methods) - 0.5, -0.5)
     return figure
 
-
+# %% ../nbs/13_figures.ipynb #b704e483
 def draw_method(ax, y, rows, palette):
     """Dots with intervals, one per seed, side by side around height `y`; tick and number at their mean."""
     if rows.empty:
@@ -420,17 +424,29 @@ def draw_method(ax, y, rows, palette):
     ax.errorbar(rows["accuracy"], heights, xerr=reach, fmt="o", ms=5, color=colour, elinewidth=1.5)
     mean = rows["accuracy"].mean()
     ax.plot([mean, mean], [y - 0.3, y + 0.3], color=colour, lw=2 * (len(rows) > 1))
-    ax.annotate(f"{mean:.1f}", (rows["high"].max(), y), (6, 0), textcoords="offset points", va="center")
+    ax.annotate(
+        f"{mean:.1f}", (rows["high"].max(), y), (6, 0), textcoords="offset points", va="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )  # fmt: skip
+
+# %% ../nbs/13_figures.ipynb #b876a2f4
+UNITS = {"GFLOPs": 1e9, "TFLOPs": 1e12, "PFLOPs": 1e15, "EFLOPs": 1e18, "ZFLOPs": 1e21}
+
+
+def flop_unit(most) -> str:
+    """The largest unit of which `most` operations are at least one."""
+    return max((unit for unit, size in UNITS.items() if size <= most), key=UNITS.get, default="GFLOPs")
 
 # %% ../nbs/13_figures.ipynb #f8e9f8da
 @styled
 def draw_compute(history: pd.DataFrame, palette: dict) -> Figure:
-    """Validation kNN accuracy (%) over training compute (10¹⁵ operations), one line per run."""
-    table = history.dropna(subset=["knn"]).assign(percent=lambda t: 100 * t["knn"])
+    """Validation kNN accuracy (%) over operations spent, one line per run."""
+    unit = flop_unit(history["flops"].max())
+    table = history.assign(spent=history["flops"] / UNITS[unit], percent=100 * history["knn"])
     figure = Figure(figsize=(8, 4), layout="constrained")
     ax = figure.subplots()
-    draw_lines(ax, table, "pflops", "percent", palette, marker="o", ms=5)
-    ax.set(xlabel="training compute (PFLOPs: 10¹⁵ operations, counted)", xlim=(0, None))
+    draw_lines(ax, table, "spent", "percent", palette, marker="o", ms=5)
+    ax.set(xlabel=f"training compute ({unit}, counted)", xlim=(0, None))
     ax.set_ylabel("kNN accuracy on validation (%)")
     run_legend(figure, palette)
     return figure
@@ -449,7 +465,8 @@ def draw_embedding(points: pd.DataFrame, name: str) -> Figure:
         points, x="x", y="y", hue="class", hue_order=names, palette=list(hues), legend=named, ax=ax,
         s=22, alpha=0.85, linewidth=0.3,
     )  # fmt: skip
-    ax.set(xticks=[], yticks=[], xlabel="", ylabel="", aspect="equal")
+    ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
+    ax.set_aspect("equal", adjustable="datalim")
     ax.set_title(f"{name}: t-SNE of {len(points)} test images")
     if named:
         sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title=None, markerscale=1.8)
@@ -461,12 +478,12 @@ def read_film(study: Study, run: str) -> tuple[dict, tuple[int, int]]:
     path = study.build / "runs" / f"{run}-{study.seeds[0]}" / "film.safetensors"
     return read_tensors(path), tuple(int(x) for x in read_metadata(path)["grid"].split(","))
 
-
+# %% ../nbs/13_figures.ipynb #2913d1ea
 def curriculum_figures(study):
     """Factor and losses of all runs and seeds."""
     return {"curriculum": draw_curriculum(read_history(study), colours(study.runs))}
 
-
+# %% ../nbs/13_figures.ipynb #e0eed648
 def film_figures(study):
     """A film per run, and a short one, of the last run that has a masker, for README."""
     history, drawn, short = read_history(study), {}, None
@@ -487,19 +504,19 @@ def map_figures(study):
     maps = {title(run): film["mean_hidden"] for run, (film, _) in films.items()}
     return {"mask_maps": draw_mask_maps(maps, grid, film["pos"], ratio)}
 
-
+# %% ../nbs/13_figures.ipynb #f69ee241
 def accuracy_figures(study):
     """Test accuracies with the baselines; none if there are no labels."""
     scores = score_table(*read_evaluations(study))
     return {} if scores.empty else {"accuracy": draw_accuracy(scores, colours(study.runs))}
 
-
+# %% ../nbs/13_figures.ipynb #170ebd8d
 def compute_figures(study):
     """Validation accuracy over compute; none if nothing was monitored."""
     history = read_history(study)
     return {"compute": draw_compute(history, colours(study.runs))} if "knn" in history else {}
 
-
+# %% ../nbs/13_figures.ipynb #45be4ced
 def embedding_figures(study):
     """A map per run that has one."""
     paths = {
@@ -510,7 +527,7 @@ def embedding_figures(study):
         f"embedding_{run}": draw_embedding(pd.read_parquet(path), title(run)) for run, path in found.items()
     }
 
-# %% ../nbs/13_figures.ipynb #d166cf6b
+# %% ../nbs/13_figures.ipynb #8e116c57
 figures = {
     "curriculum": curriculum_figures,
     "mask_film": film_figures,
@@ -521,7 +538,7 @@ figures = {
 }
 CHARTS = {"curriculum", "accuracy", "compute"}  # lines and points: these are written as SVG, too
 
-
+# %% ../nbs/13_figures.ipynb #d166cf6b
 def encoded(study: Study) -> dict[str, dict[str, bytes]]:
     """Figure → file name → bytes, of everything registered."""
     files = {}
@@ -532,11 +549,11 @@ def encoded(study: Study) -> dict[str, dict[str, bytes]]:
         }
     return files
 
-# %% ../nbs/13_figures.ipynb #778fdf2f
+# %% ../nbs/13_figures.ipynb #8c12918e
 FOLDERS = ["pretrain", "evaluate", "curves", "notebooks"]
 OWNED = re.compile(r"(?:[a-z]+-)?(?P<run>\w+)-(?P<seed>\d+)(?:\.\w+)?")  # no run has a - in its name
 
-
+# %% ../nbs/13_figures.ipynb #778fdf2f
 def strangers(study: Study) -> list[Path]:
     """Files and folders under `results` that belong to a run and seed which are not in the study."""
     listed = {(run, str(seed)) for run, seed in study.pairs()}
@@ -544,7 +561,7 @@ def strangers(study: Study) -> list[Path]:
     owned = [(path, OWNED.fullmatch(path.name)) for path in paths]
     return [path for path, owner in owned if owner and (owner["run"], owner["seed"]) not in listed]
 
-
+# %% ../nbs/13_figures.ipynb #a8081581
 def remove(path: Path):
     """Remove a file or a folder."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -566,7 +583,7 @@ def project_folder(folder=None) -> Path:
     except UserError:
         return Path(".")
 
-
+# %% ../nbs/13_figures.ipynb #1cb4f29c
 def draw_all(runs, seeds, *, folder=None, report=print) -> list[str]:
     """Draw everything of these runs and seeds; the names of the figures' files. What belongs to others goes.
 

@@ -259,9 +259,10 @@ def test_tint_says_which_way_and_how_surely(score, grey):
 
 
 def test_the_factor_is_read_off_the_records_and_absent_without_a_masker():
-    table = pd.DataFrame(history(True, epochs=4))
-    np.testing.assert_allclose(figures.factor_at(table, [0.25, 0.5, 0.625, 1.0]), [0.5, 0.0, -0.25, -1.0])
-    assert figures.factor_at(pd.DataFrame(history(False)), [0.5]) is None
+    table = pd.DataFrame({"progress": [12.5, 37.5, 62.5, 87.5], "factor": [0.75, 0.25, -0.25, -0.75]})
+    np.testing.assert_allclose(figures.factor_at(table, [0, 0.25, 0.7, 1]), [1, 0.5, -0.4, -1])
+    assert figures.factor_at(table[:1], [0, 1]) == [0.75, 0.75]
+    assert figures.factor_at(table[["progress"]], [0.5]) is None
     assert figures.moment_labels([0.0, 1.0], [1.0, -0.96]) == ["0 %\nλ = +1.0", "100 %\nλ = −1.0"]
 
 
