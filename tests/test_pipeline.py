@@ -27,6 +27,7 @@ from clmae.pipeline import (
     run_stage,
     tidy,
     validate,
+    verify,
     write_readme,
 )
 
@@ -498,6 +499,48 @@ def test_compare_judges_each_kind_of_file(tmp_path):
         ("new.json", ""): "different",
     }
     assert compare(a, a) == []
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A repository with data, one stage and its result; returns a function that commits another result."""
+    top = tmp_path / "published"
+    (top / "data").mkdir(parents=True)
+    environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    run = lambda *command: subprocess.run(command, cwd=top, env=environ, check=True, capture_output=True)  # noqa: E731
+
+    def change(text):
+        (top / "results/made.json").write_text(text)
+        run("git", "add", "-A")
+        run("git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "-m", "x")
+        return top
+
+    (top / "data/one.json").write_text('{"knn": 0.5}')
+    stage = {
+        "cmd": "cp data/one.json results/made.json",
+        "deps": ["data"],
+        "outs": [{"results/made.json": {"cache": False}}],
+    }
+    (top / "dvc.yaml").write_text(json.dumps({"stages": {"make": stage}}))
+    (top / "results").mkdir()
+    run("git", "init", "-q")
+    run(sys.executable, "-m", "dvc", "init", "-q")
+    (top / ".dvc/config").write_text((ROOT / ".dvc/config").read_text())
+    (top / ".gitignore").write_text("/build/\n")
+    for command in (["add", "-q", "data"], ["push", "-q"], ["repro", "-q"]):
+        run(sys.executable, "-m", "dvc", *command)
+    return change
+
+
+def test_verify_rebuilds_a_fresh_clone_from_the_embedded_data(published, capfd):
+    top = published('{"knn": 0.5}')
+    (top / "results/made.json").write_text("not committed")
+    assert verify(top)
+    assert capfd.readouterr().out.endswith("the rebuild has the same bytes as the committed results\n")
+    assert (top / "results/made.json").read_text() == "not committed"
+    published('{"knn": 0.7}')
+    assert not verify(top)
+    assert "made.json knn: 0.7 → 0.5\n1 different, 0 numbers within 0.02" in capfd.readouterr().out
 
 
 def test_compare_tells_true_from_one(tmp_path):
