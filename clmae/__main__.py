@@ -63,12 +63,19 @@ def pretrain(args):
         runs.pretrain_run(run=run, seed=seed, objective=config.objectives[run], **sections)
 
 
+def scores(result):
+    """Test accuracies as one piece of a line, or why there are none."""
+    found = {name: probe["accuracy"] for name, probe in result.items() if isinstance(probe, dict)}
+    return ", ".join(f"{name} {100 * value:.1f} %" for name, value in found.items()) or result["skipped"]
+
+
 def evaluate(args):
     from clmae import runs
 
     config = valid(args)
     for run, seed in pairs(args, config):
-        runs.evaluate_run(run=run, seed=seed, evaluate=config.evaluate, train=config.train)
+        result = runs.evaluate_run(run=run, seed=seed, evaluate=config.evaluate, train=config.train)
+        print(f"{run}-{seed}: {scores(result)}")
 
 
 def baselines(args):
@@ -76,7 +83,8 @@ def baselines(args):
 
     config = valid(args)
     sections = {name: getattr(config, name) for name in ("data", "model", "train", "evaluate")}
-    runs.baselines_run(**sections)
+    for name, result in runs.baselines_run(**sections).items():
+        print(f"{name}: {scores(result)}")
 
 
 def figures(args):

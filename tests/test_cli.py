@@ -121,8 +121,9 @@ def test_a_mistake_of_ours_keeps_its_traceback(here, monkeypatch):
 def test_runs_and_seeds_are_all_or_the_one_asked_for(here, monkeypatch):
     Path("params.yaml").write_text(PARAMS.replace("seeds: [0]", "seeds: [0, 1]"))
     done = []
+    score = {"knn": {"accuracy": 0.5}}
     for name in ("pretrain_run", "evaluate_run"):
-        monkeypatch.setattr(runs, name, lambda run, seed, **_: done.append((run, seed)))
+        monkeypatch.setattr(runs, name, lambda run, seed, **_: done.append((run, seed)) or score)
     params = read_yaml("params.yaml")
     every = [(run, seed) for run in params["runs"] for seed in params["seeds"]]
     assert main(["pretrain"]) == 0 and done == every
@@ -130,6 +131,14 @@ def test_runs_and_seeds_are_all_or_the_one_asked_for(here, monkeypatch):
     assert main(["evaluate", "--seed", "1"]) == 0 and done == [(run, 1) for run in params["runs"]]
     done.clear()
     assert main(["pretrain", "--run", "mae", "--seed", "7"]) == 0 and done == [("mae", 7)]
+
+
+def test_evaluate_and_baselines_say_what_they_found(here, monkeypatch, capsys):
+    found = {"knn": {"accuracy": 0.5123}, "linear": {"accuracy": 0.6}, "width": 128}
+    monkeypatch.setattr(runs, "evaluate_run", lambda **_: found)
+    monkeypatch.setattr(runs, "baselines_run", lambda **_: {"pca": found, "pixels": {"skipped": "no labels"}})
+    assert said(capsys, "evaluate", "--run", "mae")[1] == "mae-0: knn 51.2 %, linear 60.0 %\n"
+    assert said(capsys, "baselines")[1] == "pca: knn 51.2 %, linear 60.0 %\npixels: no labels\n"
 
 
 def test_pretrain_hands_over_the_sections_and_the_block(here, monkeypatch):
