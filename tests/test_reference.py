@@ -1,6 +1,7 @@
 """Agreement with numbers that the publicly released implementations computed, in float64.
 
-`reference_tiny.npz` holds inputs, weights in the released naming, and what the released MAE and CL-MAE made of them.
+`reference_tiny.npz` holds inputs, weights in the released naming, and what the released MAE and CL-MAE made
+of them.
 """
 
 import json
@@ -160,12 +161,13 @@ def test_cl_mae_phase_b_agrees(norm_pix, factor):
         assert distance(weights[name] * loss.parts[name], term) < (KL if name == "kl" else EXACT), name
     assert distance(loss.total, reference(key + f"lambda_{factor}.total")) < KL
     loss.total.backward()
-    assert compared_gradients(objective, key + f"lambda_{factor}.grad.", masker=True, tolerance=KL) == (5, True)
+    grads = key + f"lambda_{factor}.grad."
+    assert compared_gradients(objective, grads, masker=True, tolerance=KL) == (5, True)
     assert all(p.grad is None for p in objective.mae.parameters())
 
 
 def test_cl_mae_trajectory_agrees():
-    """Two iterations of phase A then B with plain SGD: order of updates, both losses, and all weights afterwards."""
+    """Two iterations of phase A then B with plain SGD: order of updates, both losses, all weights after."""
     objective = released_cl_mae(norm_pix=True)
     optimizers = {name: torch.optim.SGD(net.parameters(), lr=0.05) for name, net in objective.nets.items()}
     weights = {"reconstruction": 1.0, **objective.weights}
