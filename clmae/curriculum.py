@@ -15,7 +15,7 @@ Schedule = Callable[[float], float]
 
 
 def position(step: int, steps: int) -> float:
-    """Place in training of optimizer step `step` of `steps`: 0 at the first, 1 at the last; 0 if there is only one."""
+    """Place in training of optimizer step `step` of `steps`: 0 at the first (or only) one, 1 at the last."""
     return step / (steps - 1) if steps > 1 else 0.0
 
 # %% ../nbs/08_curriculum.ipynb #aef25017
@@ -74,7 +74,10 @@ def make_curriculum(name: str, **parameters) -> Schedule:
 
 # %% ../nbs/08_curriculum.ipynb #548f1cdd
 def warmup_cosine(*, warmup: float = 0.05, floor: float = 0.0) -> Schedule:
-    """Share of the peak learning rate: from 0 to 1 over the first `warmup` of training, then half a cosine to `floor`."""
+    """Share of the peak learning rate: a line from 0 to 1, then half a cosine down to `floor`.
+
+    `warmup` is the share of training that the line takes.
+    """
 
     def rate(pos: float) -> float:
         if pos < warmup:

@@ -10,8 +10,7 @@ __all__ = ['OKABE_ITO', 'KEPT', 'HIDDEN', 'BASELINE', 'STYLE', 'styled', 'PANELS
            'score_key', 'draw_film', 'draw_mask_maps', 'share_key', 'probes', 'summarise', 'beaten', 'verdict',
            'read_evaluations', 'metrics', 'score_table', 'draw_accuracy', 'draw_method', 'flop_unit', 'draw_compute',
            'draw_embedding', 'read_film', 'curriculum_figures', 'film_figures', 'map_figures', 'accuracy_figures',
-           'compute_figures', 'embedding_figures', 'encoded', 'strangers', 'remove', 'keep', 'project_folder',
-           'draw_all']
+           'compute_figures', 'embedding_figures', 'encoded', 'strangers', 'remove', 'keep', 'draw_all']
 
 # %% ../nbs/13_figures.ipynb #5d6406c6
 import io
@@ -31,7 +30,7 @@ from PIL import Image
 from scipy.interpolate import make_interp_spline
 
 from .config import UserError
-from .files import find_root, read_json, read_metadata, read_tensors, write_bytes, write_json
+from .files import home, read_json, read_metadata, read_tensors, write_bytes, write_json
 
 # %% ../nbs/13_figures.ipynb #ff946161
 OKABE_ITO = ["#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
@@ -575,14 +574,6 @@ def keep(files: dict[str, bytes], folder: Path):
         if path.suffix in {".png", ".svg"} and path.name not in files:
             remove(path)
 
-# %% ../nbs/13_figures.ipynb #3dca199a
-def project_folder(folder=None) -> Path:
-    """`folder`; by default the repository we are in, else the current folder."""
-    try:
-        return Path(folder or find_root())
-    except UserError:
-        return Path(".")
-
 # %% ../nbs/13_figures.ipynb #1cb4f29c
 def draw_all(runs, seeds, *, folder=None, report=print) -> list[str]:
     """Draw everything of these runs and seeds; the names of the figures' files. What belongs to others goes.
@@ -591,7 +582,7 @@ def draw_all(runs, seeds, *, folder=None, report=print) -> list[str]:
     results/figures/ and results/metrics.json there. Raises `UserError`, changing nothing, for a missing or
     damaged file.
     """
-    root = project_folder(folder)
+    root = home(folder)
     study = Study(root / "results", root / "build", tuple(runs), tuple(seeds))
     summary, drawn = metrics(study), encoded(study)
     for name in [name for name, of_figure in drawn.items() if not of_figure]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TROUBLE', 'settle', 'free_space', 'disk_errors', 'whole', 'write_bytes', 'plain', 'write_json', 'must_exist',
            'read_json', 'sorted_header', 'as_array', 'write_tensors', 'damaged', 'read_tensors', 'read_metadata',
-           'sha256', 'Lock', 'aside', 'replace_dir', 'recover', 'fresh_dir', 'find_root']
+           'sha256', 'Lock', 'aside', 'replace_dir', 'recover', 'fresh_dir', 'find_root', 'home']
 
 # %% ../nbs/00_files.ipynb #5d6406c6
 import errno
@@ -261,3 +261,11 @@ def find_root(start=None) -> Path:
         if (folder / "dvc.yaml").exists():
             return folder
     raise UserError(f"{start}: no dvc.yaml here or above; run inside a clone of the repository")
+
+# %% ../nbs/00_files.ipynb #57c316a0
+def home(folder=None) -> Path:
+    """The folder that holds build/ and results/: `folder`, else the repository we are in, else the current one."""
+    try:
+        return Path(folder or find_root())
+    except UserError:
+        return Path(".")

@@ -45,7 +45,7 @@ GAUSS_WEIGHT = 0.12 * math.sqrt(2 * math.pi)
 
 
 def undecided(score: Tensor, sigma: float = 0.12) -> Tensor:
-    """1 where all scores (b, n) are ½, near 0 where they are near 0 or 1. CL-MAE's Gaussian term, unweighted."""
+    """CL-MAE's Gaussian term, unweighted: 1 if all scores (b, n) are ½, near 0 if they are near 0 or 1."""
     return torch.exp(-((score - 0.5) ** 2) / (2 * sigma**2)).mean()
 
 # %% ../nbs/09_losses.ipynb #27b5e08e

@@ -27,7 +27,8 @@ from .vit import Trunk, initialise, presets, token
 class Encoder(nn.Module):
     """A vision transformer without head: images (b, c, h, w), normalised, to features (b, d).
 
-    `settings` are the keyword arguments that rebuild it; `mean` and `std` (per channel) say how its images were normalised.
+    `settings` are the keyword arguments that rebuild it.
+    `mean` and `std` (per channel, of values in [0, 1]) say how its images were normalised.
     """
 
     def __init__(
@@ -50,7 +51,10 @@ class Encoder(nn.Module):
         self.normalise_with(mean or [0.5] * channels, std or [0.25] * channels)
 
     def normalise_with(self, mean, std) -> None:
-        """Remember the per-channel mean and standard deviation (of values in [0, 1]) that its images are normalised by."""
+        """Remember what its images are normalised by: mean and standard deviation per channel.
+
+        Both are of values in [0, 1].
+        """
         self.mean, self.std = [float(m) for m in mean], [float(s) for s in std]
 
     @property
@@ -68,9 +72,10 @@ class Encoder(nn.Module):
         return self.patch_embed(images) + self.positions
 
     def encode(self, tokens: Tensor, keep: Tensor | None = None, visibility: Tensor | None = None) -> Tensor:
-        """Tokens (b, n, d), those in `keep` (b, k) or all, to latents (b, 1 + k, d) with the class token first.
+        """Tokens (b, n, d), those in `keep` (b, k) or all, to latents (b, 1 + k, d), class token first.
 
-        `visibility` (b, k) is the log of how much others may attend to each token; the class token is always visible.
+        `visibility` (b, k) is the log of how much others may attend to each token.
+        The class token is always visible.
         """
         if keep is not None:
             tokens = tokens.gather(1, keep[..., None].expand(-1, -1, self.width))
@@ -105,7 +110,10 @@ class Decoder(nn.Module):
         self.apply(initialise)
 
     def predict(self, cls: Tensor, places: Tensor) -> Tensor:
-        """From a class token (b, 1, w) and one token a place (b, n, w), without positions, to patches (b, n, p²c)."""
+        """From a class token (b, 1, w) and one token a place (b, n, w) to patches (b, n, p²c).
+
+        The tokens come without positions.
+        """
         x = torch.cat([cls, places + self.positions], dim=1)
         return self.head(self.trunk(x)[:, 1:])
 
@@ -117,13 +125,14 @@ class Decoder(nn.Module):
         return self.predict(x[:, :1], places)
 
     def blend(self, latent: Tensor, share: Tensor | None = None) -> Tensor:
-        """Latents (b, 1 + n, d) of all patches, each mixed with the mask token by its `share` (b, n); None: all as they are."""
+        """Patches (b, n, p²c) from latents (b, 1 + n, d) of all, mixed with the mask token.
+
+        `share` (b, n) is how much of each latent stays; None leaves all as they are.
+        """
         x = self.embed(latent)
-        places = (
-            x[:, 1:]
-            if share is None
-            else torch.lerp(self.mask_token.to(x.dtype), x[:, 1:], share[..., None].to(x.dtype))
-        )
+        places = x[:, 1:]
+        if share is not None:
+            places = torch.lerp(self.mask_token.to(x.dtype), places, share[..., None].to(x.dtype))
         return self.predict(x[:, :1], places)
 
 # %% ../nbs/06_mae.ipynb #72e93a56
@@ -151,7 +160,10 @@ class MAE(nn.Module):
 def build_mae(
     image_size, patch_size, channels: int = 3, preset: str = "micro", mean=None, std=None, **changes
 ) -> MAE:
-    """An MAE of a named size; `changes` (width, depth, heads, mlp_ratio, decoder_width, …) replace the preset's; None keeps it."""
+    """An MAE of a named size.
+
+    `changes` (width, depth, heads, mlp_ratio, decoder_width, …) replace the preset's; None keeps it.
+    """
     size = {**vars(presets[preset]), **{key: value for key, value in changes.items() if value is not None}}
     decoder = {key: size.pop(f"decoder_{key}") for key in ("width", "depth", "heads")}
     encoder = Encoder(
@@ -170,7 +182,10 @@ def save(encoder: Encoder, folder: str | Path) -> None:
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Load `tensors` into `module`; raises UserError naming the first tensor of another name or shape, and `source`."""
+    """Load `tensors` into `module`.
+
+    Raises UserError naming the first tensor of another name or shape, and `source`.
+    """
     own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in tensors.items()}
     for name in sorted(own.keys() | given.keys()):
@@ -188,7 +203,8 @@ def load(folder: str | Path) -> Encoder:
     folder = Path(folder)
     if not (folder / "encoder.json").exists():
         raise UserError(
-            f"{folder} holds no encoder: expected encoder.json and encoder.safetensors, as a finished run leaves them"
+            f"{folder} holds no encoder: expected encoder.json and encoder.safetensors, "
+            f"as a finished run leaves them"
         )
     encoder = Encoder(**read_json(folder / "encoder.json"))
     fill(encoder, load_tensors((folder / "encoder.safetensors").read_bytes()), folder / "encoder.safetensors")

@@ -17,7 +17,10 @@ from .vit import Trunk, initialise, token
 
 # %% ../nbs/07_masker.ipynb #a2d7423f
 class Masker(nn.Module):
-    """Scores for n patches from tokens (b, n, d). `forward` returns logits; the score is their sigmoid, high = keep."""
+    """Scores for n patches from tokens (b, n, d).
+
+    `forward` returns logits; the score is their sigmoid, high = keep.
+    """
 
     def __init__(self, n: int, width: int, *, depth: int = 5, heads: int = 4, mlp_ratio: float = 4.0):
         super().__init__()
@@ -34,13 +37,19 @@ class Masker(nn.Module):
 
 # %% ../nbs/07_masker.ipynb #1d93c2b5
 def scale(mae: MAE, tokens: Tensor, logits: Tensor) -> Tensor:
-    """Predict patches (b, n, p²c) from tokens (b, n, d) multiplied by their scores; the released CL-MAE's soft mask."""
+    """Predict patches (b, n, p²c) from tokens (b, n, d) multiplied by their scores.
+
+    The soft mask of the released CL-MAE.
+    """
     shrunk = tokens * logits.sigmoid()[..., None].to(tokens.dtype)
     return mae.decoder.blend(mae.encoder.encode(shrunk))
 
 # %% ../nbs/07_masker.ipynb #e0325f73
 def attend(mae: MAE, tokens: Tensor, logits: Tensor) -> Tensor:
-    """Predict patches (b, n, p²c) with every token visible to the others as much as its score; exact at scores 0 and 1."""
+    """Predict patches (b, n, p²c) with every token as visible to the others as its score.
+
+    Exact at scores 0 and 1.
+    """
     latent = mae.encoder.encode(tokens, visibility=F.logsigmoid(logits))
     return mae.decoder.blend(latent, logits.sigmoid())
 

@@ -19,7 +19,8 @@ from torch import Tensor
 class Mask(NamedTuple):
     """What the encoder sees of each image.
 
-    keep: (b, k) long, ids of the visible patches. hidden: (b, n) float, 1 where the encoder does not see, 0 where it does.
+    keep: (b, k) long, ids of the visible patches.
+    hidden: (b, n) float, 1 where the encoder does not see, 0 where it does.
     """
 
     keep: Tensor
@@ -52,7 +53,7 @@ def mask_from_order(order: Tensor, k: int) -> Mask:
 
 
 def keep_lowest(values: Tensor, k: int) -> Mask:
-    """Keep the k patches of lowest value (b, n); ties go to the lower id, so the result is the same on every machine."""
+    """Keep the k patches of lowest value (b, n); ties go to the lower id, the same on every machine."""
     return mask_from_order(values.argsort(dim=1, stable=True), k)
 
 
@@ -80,7 +81,10 @@ def coordinates(grid: tuple[int, int], device=None) -> Tensor:
 
 
 def block(b: int, n: int, ratio: float, *, generator: torch.Generator, grid: tuple[int, int]) -> Mask:
-    """Hide one rectangle per image, of random centre and aspect (1:2 to 2:1), cut at the border. After BEiT's block-wise masking."""
+    """Hide one rectangle per image, of random centre and aspect (1:2 to 2:1), cut at the border.
+
+    After BEiT's block-wise masking.
+    """
     draw = torch.rand(b, 3, generator=generator, device=generator.device)
     centre = draw[:, :2] * torch.tensor(grid, device=draw.device) - 0.5
     stretch = torch.exp((draw[:, 2] - 0.5) * math.log(2.0))  # √ of the aspect
@@ -113,7 +117,10 @@ maskings: dict[str, Callable[..., Mask]] = {"random": random, "block": block, "g
 # %% ../nbs/04_masking.ipynb #61ba23cf
 @dataclass(frozen=True)
 class Draw:
-    """A seeded source of randomness for rows start : start + b of a global batch of `total` images (None: of just b)."""
+    """A seeded source of randomness for a part of a global batch.
+
+    The part is rows start : start + b of `total` images (None: of just b).
+    """
 
     seed: tuple[int, ...]
     start: int = 0

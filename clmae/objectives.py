@@ -39,7 +39,7 @@ class Loss(NamedTuple):
 
 
 class Tally:
-    """Running means of named numbers, kept on their device: adding costs no synchronisation, only reading does."""
+    """Running means of named numbers, kept on their device: adding needs no synchronisation, reading does."""
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
@@ -62,8 +62,9 @@ class Tally:
 class Objective(nn.Module):
     """What the trainer may ask of any method.
 
-    `nets`: the networks that learn, by name; one optimizer each. `blocks`: for each setting that is a name or a mapping, what it may say:
-    a registry (the value, or its `name`, picks an entry), a callable (its keywords), or a list of those.
+    `nets`: the networks that learn, by name; one optimizer each.
+    `blocks`: for each setting that is a name or a mapping, what it may say: a registry (the value, or its
+    `name`, picks an entry), a callable (its keywords), or a list of those.
     """
 
     nets: dict[str, nn.Module]
@@ -118,7 +119,7 @@ class MaskedAutoencoding(Objective):
         return standardise(patches) if self.norm_pix else patches
 
     def scores(self, tokens: Tensor) -> Tensor | None:
-        """The wish (b, n) to keep each patch of tokens (b, n, d), or None where nothing is learned about it."""
+        """The wish (b, n) to keep each patch of tokens (b, n, d), or None where none is learned."""
         return None
 
     def loss(self, phase: str, images: Tensor, pos: float, draw: Draw) -> Loss:
@@ -131,7 +132,10 @@ class MaskedAutoencoding(Objective):
 def term_weights(
     *, gauss: float = GAUSS_WEIGHT, kl: float = 25.6, diversity: float = 2.0
 ) -> dict[str, float]:
-    """Weights of the terms that shape the scores. The released code's: 0.3008, 0.1 on a sum over 256 images, 2."""
+    """Weights of the terms that shape the scores.
+
+    The released code's: 0.3008, 0.1 on a sum over 256 images, 2.
+    """
     return {"gauss": gauss, "kl": kl, "diversity": diversity}
 
 
@@ -250,7 +254,10 @@ class CurriculumLearnedMasking(MaskedAutoencoding):
 
 # %% ../nbs/10_objectives.ipynb #e23ce71e
 class View(NamedTuple):
-    """A look at an objective: `score` (b, n) or None, `hidden` (b, n), `patches` (b, n, p²c) as seen and imagined."""
+    """A look at an objective.
+
+    `score` (b, n) or None, `hidden` (b, n), `patches` (b, n, p²c) as seen and imagined.
+    """
 
     score: Tensor | None
     hidden: Tensor

@@ -17,7 +17,7 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def grid_size(image_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Patches per column and row, `(gh, gw)`. Raises ValueError where the patch size does not divide the image."""
+    """Patches per column and row, `(gh, gw)`; ValueError where the patch size does not divide the image."""
     (h, w), (ph, pw) = pair(image_size), pair(patch_size)
     if h % ph or w % pw:
         raise ValueError(
@@ -27,7 +27,10 @@ def grid_size(image_size: int | tuple[int, int], patch_size: int | tuple[int, in
 
 # %% ../nbs/03_patches.ipynb #e3d284ee
 def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
-    """Cut images (b, c, h, w) into patches (b, n, ph·pw·c) in reading order, values as (row, column, channel)."""
+    """Cut images (b, c, h, w) into patches (b, n, ph·pw·c) in reading order.
+
+    The values of a patch are ordered as (row, column, channel).
+    """
     b, c, h, w = images.shape
     (ph, pw), (gh, gw) = pair(patch_size), grid_size((h, w), patch_size)
     x = images.reshape(b, c, gh, ph, gw, pw)
@@ -42,7 +45,10 @@ def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], grid: tuple[i
 
 # %% ../nbs/03_patches.ipynb #beecc78d
 def standardise(patches: Tensor, eps: float = 1e-6) -> Tensor:
-    """Each patch (b, n, p²c) minus its mean, over its (unbiased) standard deviation. MAE, section 3, "normalized pixels"."""
+    """Each patch (b, n, p²c) minus its mean, over its (unbiased) standard deviation.
+
+    MAE (arXiv 2111.06377), section 3, "normalized pixels".
+    """
     mean = patches.mean(-1, keepdim=True)
     variance = patches.var(-1, keepdim=True)
     return (patches - mean) / (variance + eps).sqrt()
@@ -61,9 +67,9 @@ def sincos_1d(d: int, place: Tensor) -> Tensor:
 
 
 def sincos_2d(d: int, grid: tuple[int, int]) -> Tensor:
-    """Position vectors (n, d) float32 of a grid in reading order: the first half tells the column, the second the row.
+    """Position vectors (n, d), float32, of a grid in reading order.
 
-    Raises ValueError unless 4 divides d.
+    The first half of a vector tells the column, the second the row. Raises ValueError unless 4 divides d.
     """
     if d % 4:
         raise ValueError(f"2-D sine-cosine positions need a width that 4 divides, not {d}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MONITOR_BANK', 'build_model', 'with_epochs', 'phase_flops', 'cumulative_flops', 'plan', 'knn_every', 'write_curves',
-           'to_pixels', 'spread', 'Recorder', 'home', 'fingerprint', 'speaker', 'open_stores', 'thinned', 'Reader',
+           'to_pixels', 'spread', 'Recorder', 'fingerprint', 'speaker', 'open_stores', 'thinned', 'Reader',
            'validation_monitor', 'assemble', 'one_line', 'train_it', 'summary', 'leave', 'write_time', 'pretrain_run',
            'workshop', 'splits', 'probes', 'evaluate_run', 'write_map', 'baselines_run']
 
@@ -28,7 +28,7 @@ from .config import Data, Evaluate, Film, Model, Train, UserError
 from .curriculum import curricula, position
 from .data import Store, TrainBatches, eval_batches
 from .evaluate import baseline_features, embedding, evaluate_features, features, knn_monitor
-from .files import Lock, find_root, fresh_dir, read_json, read_tensors, write_json, write_tensors
+from .files import Lock, fresh_dir, home, read_json, read_tensors, write_json, write_tensors
 from .mae import MAE, build_mae, load, save
 from .masking import Draw
 from .objectives import MaskedAutoencoding, Objective, make_objective, view
@@ -37,7 +37,7 @@ from .trainer import fit, make_fabric, peak_rate
 
 # %% ../nbs/15_runs.ipynb #4cd15bc9
 def build_model(data: Data, model: Model, seed: int, store: Store) -> MAE:
-    """The MAE of the model section, initialised from `seed`, remembering how the store's images are normalised."""
+    """The MAE of the model section, initialised from `seed`; it knows how the store normalises images."""
     torch.manual_seed(seed)
     changes = model.model_dump(exclude={"preset", "patch_size"})
     return build_mae(
@@ -46,7 +46,10 @@ def build_model(data: Data, model: Model, seed: int, store: Store) -> MAE:
 
 
 def with_epochs(objective: dict, epochs: int) -> dict:
-    """The block of an objective; a curriculum that needs the number of epochs is told it, unless the block says one."""
+    """The block of an objective.
+
+    A curriculum that needs the number of epochs is told it, unless the block says one.
+    """
     block = dict(objective)
     if curricula.get(block.get("curriculum", {}).get("name")) is curricula["released"]:
         block["curriculum"] = {"epochs": epochs, **block["curriculum"]}
@@ -70,14 +73,20 @@ def phase_flops(
 
 def cumulative_flops(objective: Objective, costs: dict[str, int], budget: int) -> list[int]:
     """FLOPs spent after each step, for as many steps as the budget pays (at least one)."""
-    step_cost = lambda step: sum(costs[phase] for phase in objective.phases(step))  # noqa: E731
+
+    def step_cost(step: int) -> int:
+        return sum(costs[phase] for phase in objective.phases(step))
+
     most = budget // min(costs.values()) + 1
     spent = list(accumulate(step_cost(step) for step in range(most)))
     return [total for total in spent if total <= budget] or spent[:1]
 
 # %% ../nbs/15_runs.ipynb #638aa44b
 def plan(objective: Objective, yardstick: Objective, data: Data, train: Train, batches) -> list[int]:
-    """FLOPs spent after each step of a run; as many entries as it has steps. `yardstick` is plain MAE of the same model."""
+    """FLOPs spent after each step of a run; as many entries as it has steps.
+
+    `yardstick` is plain MAE of the same model.
+    """
     sizes = (batches.batch_size, data.image_size, data.channels)
     costs, steps = phase_flops(objective, *sizes), train.epochs * batches.steps_per_epoch
     if train.equal == "images":
@@ -88,7 +97,10 @@ def plan(objective: Objective, yardstick: Objective, data: Data, train: Train, b
 
 # %% ../nbs/15_runs.ipynb #8cfaa42c
 def knn_every(monitor, epochs: int, last: int):
-    """A monitor that adds `knn` to the record of every `epochs`-th epoch and of step `last`; None monitors nothing."""
+    """A monitor that adds `knn` to the record of every `epochs`-th epoch and of step `last`.
+
+    A `monitor` of None and `epochs` of 0 monitor nothing.
+    """
 
     def watch(record: dict, objective: Objective) -> dict:
         due = epochs > 0 and (record["epoch"] % epochs == 0 or record["step"] == last)
@@ -159,7 +171,10 @@ class Recorder:
     def shoot(self, objective: Objective, step: int) -> None:
         """Write the shot of one moment."""
         encoder, pos = objective.encoder, position(min(step, self.steps - 1), self.steps)
-        look = lambda ids: view(objective, self.load(ids).to(encoder.cls), pos, Draw(seed=(self.seed, 1)))  # noqa: E731
+
+        def look(ids: np.ndarray):
+            return view(objective, self.load(ids).to(encoder.cls), pos, Draw(seed=(self.seed, 1)))
+
         near, far = look(self.cast), look(self.crowd)
         frame = unpatchify(near.patches, encoder.patch_size, encoder.grid)
         half = torch.full_like(near.hidden, 0.5)
@@ -181,15 +196,7 @@ class Recorder:
         film["pos"] = np.array(self.moments) / max(self.moments[-1], 1)
         write_tensors(path, film, {"grid": f"{grid[0]},{grid[1]}"})
 
-# %% ../nbs/15_runs.ipynb #57c316a0
-def home() -> Path:
-    """The folder that holds build/ and results/: the nearest one with a dvc.yaml above, else the current one."""
-    try:
-        return find_root()
-    except UserError:
-        return Path(".")
-
-
+# %% ../nbs/15_runs.ipynb #3ac4ed29
 def fingerprint(**parts) -> str:
     """Twelve hex digits of a hash over everything that determines a run."""
     text = json.dumps({**parts, "version": __version__}, sort_keys=True, default=str)
@@ -197,7 +204,7 @@ def fingerprint(**parts) -> str:
 
 
 def speaker():
-    """Where lines of progress go: the side file named by CLMAE_PROGRESS, else the terminal, rewritten in place."""
+    """Where lines of progress go: the file named by CLMAE_PROGRESS, else the terminal, rewritten in place."""
     side = os.environ.get("CLMAE_PROGRESS")
     if side:
         return lambda line: Path(side).open("a").write(line + "\n")
@@ -241,7 +248,10 @@ class Reader:
 def validation_monitor(train_store: Store, val_store: Store, evaluate: Evaluate, device):
     """The kNN monitor of `evaluate.knn_monitor` on a bank of MONITOR_BANK training images."""
     bank = thinned(train_store, MONITOR_BANK)
-    reader = lambda store: Reader(store, evaluate.batch_size, device)  # noqa: E731
+
+    def reader(store: Store) -> Reader:
+        return Reader(store, evaluate.batch_size, device)
+
     settings = {"k": evaluate.k, "temperature": evaluate.temperature}
     return knn_monitor(reader(bank), bank.labels, reader(val_store), val_store.labels, **settings)
 
@@ -282,8 +292,9 @@ def train_it(
 
     return fit(
         objective, batches, steps=len(spent), rate=peak_rate(train.base_lr, batches.batch_size), seed=seed,
-        betas=train.betas, weight_decay=train.weight_decay, warmup=train.warmup, floor=train.min_lr, clip=train.clip,
-        accumulate=train.accumulate, fabric=fabric, folder=work, at=recorder.cameras(), say=say,
+        betas=train.betas, weight_decay=train.weight_decay, warmup=train.warmup, floor=train.min_lr,
+        clip=train.clip, accumulate=train.accumulate, fabric=fabric, folder=work, at=recorder.cameras(),
+        say=say,
         monitors=[cost, knn_every(monitor, train.monitor_epochs, len(spent)), tell],
     )  # fmt: skip
 
@@ -293,7 +304,10 @@ def summary(run: str, seed: int, objective: Objective, batches, history: list[di
     last = history[-1]
     kept = {key: last[key] for key in ("epoch", "step", "images", "flops") if key in last}
     losses = {key: last[key] for key in last if key.endswith(".total")}
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+
+    def count(module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
     knn = [record["knn"] for record in history if "knn" in record][-1:]
     return {
         "run": run,
@@ -310,7 +324,10 @@ def summary(run: str, seed: int, objective: Objective, batches, history: list[di
 def leave(
     root: Path, name: str, work: Path, objective: Objective, recorder, history: list[dict], record: dict
 ) -> None:
-    """Move a finished run to its place: the encoder, history and film to build/runs, the record and curves to results."""
+    """Move a finished run to its place.
+
+    The encoder, history and film go to build/runs, the record and curves to results.
+    """
     with fresh_dir(root / "build/runs" / name) as folder:
         save(objective.encoder, folder)
         write_json(folder / "run.json", record)
@@ -327,14 +344,15 @@ def write_time(path: Path, seconds: float, steps: int, train: Train) -> None:
 
 # %% ../nbs/15_runs.ipynb #32f432b2
 def pretrain_run(
-    *, run: str, seed: int, objective: dict, data: Data, model: Model, train: Train, film: Film, evaluate: Evaluate,
-    folder: str | Path | None = None, report=print, say=None,
+    *, run: str, seed: int, objective: dict, data: Data, model: Model, train: Train, film: Film,
+    evaluate: Evaluate, folder: str | Path | None = None, report=print, say=None,
 ) -> dict:  # fmt: skip
-    """Pretrain one run with one seed, leave it in build/runs/<run>-<seed>/ and return the record that results/ gets.
+    """Pretrain one run with one seed, leave it in build/runs/<run>-<seed>/ and return its record.
 
-    An unfinished run of the same parameters is continued from its checkpoint. Raises UserError for mistakes.
+    The record is what results/ gets. An unfinished run of the same parameters is continued from its
+    checkpoint. Raises UserError for mistakes.
     """
-    root, name, began = Path(folder or home()), f"{run}-{seed}", time.monotonic()
+    root, name, began = home(folder), f"{run}-{seed}", time.monotonic()
     torch.set_num_threads(train.threads)
     train_store, val_store = open_stores(root / "build/prepared", data, "train", "val")
     fabric = make_fabric(train.device, train.precision)
@@ -348,8 +366,8 @@ def pretrain_run(
         recorder = Recorder(val_store, work, seed, len(spent), **film.model_dump())
         monitor = validation_monitor(train_store, val_store, evaluate, fabric.device)
         history = train_it(
-            trained, batches, spent, work, train=train, seed=seed, fabric=fabric, monitor=monitor, recorder=recorder,
-            report=report, say=say or speaker(),
+            trained, batches, spent, work, train=train, seed=seed, fabric=fabric, monitor=monitor,
+            recorder=recorder, report=report, say=say or speaker(),
         )  # fmt: skip
         record = summary(run, seed, trained, batches, history)
         leave(root, name, work, trained, recorder, history, record)
@@ -359,7 +377,7 @@ def pretrain_run(
 
 
 def workshop(root: Path, name: str, **parts) -> Path:
-    """The folder in which a run works: named by everything that determines its result, the prepared images included."""
+    """The folder in which a run works, named by all that determines its result, prepared images included."""
     plain = {key: part.model_dump() if hasattr(part, "model_dump") else part for key, part in parts.items()}
     manifest = read_json(root / "build/prepared/manifest.json")
     folder = root / "build/work" / f"{name}-{fingerprint(manifest=manifest, **plain)}"
@@ -380,8 +398,11 @@ def probes(evaluate: Evaluate) -> dict:
 def evaluate_run(
     *, run: str, seed: int, evaluate: Evaluate, train: Train, folder: str | Path | None = None
 ) -> dict:
-    """Score the encoder of one run: results/evaluate/<run>-<seed>.json, and a map of its test features in build/evaluate."""
-    root, name = Path(folder or home()), f"{run}-{seed}"
+    """Score the encoder of one run: results/evaluate/<run>-<seed>.json.
+
+    A map of its test features goes to build/evaluate.
+    """
+    root, name = home(folder), f"{run}-{seed}"
     torch.set_num_threads(train.threads)
     device = make_fabric(train.device).device
     encoder = load(root / "build/runs" / name).to(device)
@@ -408,7 +429,7 @@ def baselines_run(
     *, data: Data, model: Model, evaluate: Evaluate, train: Train, folder: str | Path | None = None
 ) -> dict:
     """The same probes on features that no training has touched: results/evaluate/baselines.json."""
-    root = Path(folder or home())
+    root = home(folder)
     torch.set_num_threads(train.threads)
     device = make_fabric(train.device).device
     train_store, test_store = open_stores(root / "build/prepared", data, "train", "test")

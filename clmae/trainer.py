@@ -49,7 +49,10 @@ PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "64": "64-true"}
 
 
 def make_fabric(device: str = "cpu", precision: str = "32") -> Fabric:
-    """Fabric for `cpu`, `auto`, `cuda` or `cuda:N`, and precision `32`, `bf16` (mixed, no scaler needed) or `64`."""
+    """Fabric for a device (`cpu`, `auto`, `cuda` or `cuda:N`) and a precision.
+
+    Precisions are `32`, `bf16` (mixed, no scaler needed) and `64`.
+    """
     kind, _, number = device.partition(":")
     devices = [int(number)] if number else 1
     try:
@@ -122,7 +125,8 @@ class Watch:
                 parts = ", ".join(f"{name} = {value:.4g}" for name, value in zip(self.names[phase], values))
                 raise UserError(
                     f"the loss is not finite at step {int(step)}: {parts}; "
-                    f"lower train.base_lr, set train.clip, or use precision 32; the last checkpoint is from before"
+                    f"lower train.base_lr, set train.clip, or use precision 32; "
+                    f"the last checkpoint is from before"
                 )
 
 # %% ../nbs/11_trainer.ipynb #0d1d6915
@@ -147,7 +151,10 @@ def under(prefix: str, tensors: dict) -> dict:
 
 # %% ../nbs/11_trainer.ipynb #334e6865
 def save_checkpoint(folder: Path, objective: Objective, optimizers: dict, state: dict) -> None:
-    """Write weights and optimizers to `step-<n>.safetensors` and `state` (step, history) to `checkpoint.json`, whole."""
+    """Write weights and optimizers to `step-<n>.safetensors`, `state` to `checkpoint.json`, each whole.
+
+    `state` is the step and the history.
+    """
     tensors = {f"objective.{name}": value for name, value in objective.state_dict().items()}
     for net, optimizer in optimizers.items():
         tensors |= {f"optimizer.{net}.{name}": value for name, value in optimizer_tensors(optimizer).items()}
@@ -182,7 +189,10 @@ def duration(seconds: float) -> str:
 
 
 class Meter:
-    """Turns steps into lines such as `step 120/900 · loss mae 0.71 · 830 images/s · 0:47 left` and hands them to `say`."""
+    """Turns steps into lines and hands them to `say`.
+
+    A line reads `step 120/900 · loss mae 0.710 · 830 images/s · 0:47 left`.
+    """
 
     def __init__(self, steps: int, start: int, batch: int, say: Callable[[str], None], pause: float = 0.5):
         self.steps, self.start, self.batch, self.say, self.pause = steps, start, batch, say, pause
@@ -235,9 +245,10 @@ def fit(
     at: dict[int, Callable[[Objective], None]] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict]:
-    """Train `objective` for `steps` optimizer steps at peak learning rate `rate`; its history, one record per epoch.
+    """Train `objective` for `steps` optimizer steps at peak learning rate `rate`.
 
-    A checkpoint in `folder` is continued. `monitors` are called with (record, objective) and return what to add to the record.
+    Returns the history, one record per epoch. A checkpoint in `folder` is continued. `monitors` are called
+    with (record, objective) and return what to add to the record.
     Raises UserError for a loss that is not finite, or a checkpoint of another shape of model.
     """
     fabric, at, folder = fabric or make_fabric(), at or {}, folder and Path(folder)

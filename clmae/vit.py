@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/05_vit.ipynb #c4fbd43a
 def initialise(module: nn.Module) -> None:
-    """Xavier-uniform linear weights, zero biases, identity norms: MAE's initialisation, for `net.apply(initialise)`."""
+    """MAE's initialisation, for `net.apply`: Xavier-uniform linear weights, zero biases, identity norms."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -32,7 +32,10 @@ def token(d: int) -> nn.Parameter:
 
 # %% ../nbs/05_vit.ipynb #efaa64bd
 class Trunk(nn.Module):
-    """`depth` pre-LayerNorm transformer blocks (timm) over tokens (b, n, d), then a LayerNorm unless `norm` is False."""
+    """Transformer blocks over tokens (b, n, d): `depth` pre-LayerNorm ones (timm).
+
+    A LayerNorm follows unless `norm` is False.
+    """
 
     def __init__(
         self, d: int, depth: int, heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6, norm: bool = True
@@ -47,7 +50,7 @@ class Trunk(nn.Module):
         self.norm = make(d) if norm else nn.Identity()
 
     def forward(self, x: Tensor, visibility: Tensor | None = None) -> Tensor:
-        """Tokens (b, n, d) to tokens (b, n, d); `visibility` (b, n) is added to every logit towards that key."""
+        """Tokens (b, n, d) to tokens (b, n, d); `visibility` (b, n) adds to every logit towards that key."""
         bias = None if visibility is None else visibility[:, None, None].to(x.dtype)
         for block in self.blocks:
             x = block(x, attn_mask=bias)
@@ -68,7 +71,7 @@ class Preset:
 
 
 presets: dict[str, Preset] = {
-    "micro": Preset(128, 6, 4, 64, 2, 4),
+    "micro": Preset(64, 4, 4, 48, 1, 4),
     "tiny": Preset(192, 12, 3, 128, 2, 4),
     "small": Preset(384, 12, 6, 256, 4, 8),
     "base": Preset(768, 12, 12, 512, 8, 16),
@@ -78,14 +81,17 @@ presets: dict[str, Preset] = {
 
 # %% ../nbs/05_vit.ipynb #f459bfa7
 def trunk_parameters(d: int, depth: int, mlp_ratio: float = 4.0) -> int:
-    """Parameters of a `Trunk`, from its shapes alone: attention 4d², MLP 2·mlp_ratio·d², their biases, two norms a block, one at the end."""
+    """Number of parameters of a `Trunk`, from its shapes alone.
+
+    Attention 4d², MLP 2·mlp_ratio·d², their biases and two norms in each block, one norm at the end.
+    """
     hidden = int(d * mlp_ratio)
     block = (3 * d * d + 3 * d) + (d * d + d) + (d * hidden + hidden) + (hidden * d + d) + 4 * d
     return depth * block + 2 * d
 
 # %% ../nbs/05_vit.ipynb #7dcf0627
 class _Method(nn.Module):
-    """A net whose forward is one of its methods, or a function that takes it first: what `functional_call` needs."""
+    """A net whose forward is a method of it or a function that takes it first, for `functional_call`."""
 
     def __init__(self, net: nn.Module, function: Callable):
         super().__init__()
@@ -96,6 +102,6 @@ class _Method(nn.Module):
 
 
 def call_detached(net: nn.Module, function: Callable, *args, **kwargs):
-    """`function(net, *args, **kwargs)` with the net's parameters cut off from autograd; its inputs are not."""
+    """`function(net, *args, **kwargs)`, the net's parameters cut off from autograd and its inputs not."""
     values = {f"net.{name}": p.detach() for name, p in net.named_parameters()}
     return torch.func.functional_call(_Method(net, function), values, args, kwargs)
