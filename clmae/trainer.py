@@ -89,7 +89,7 @@ def phase_step(
     for images, draw in slices:
         with fabric.autocast():
             loss = objective.loss(phase, images.to(fabric.device, weights[0].dtype), pos, draw)
-        (loss.total / len(slices)).backward(inputs=weights)
+        fabric.backward(loss.total / len(slices), inputs=weights)
         total = total + loss.total.detach() / len(slices)
         parts = {name: parts.get(name, 0.0) + part / len(slices) for name, part in loss.parts.items()}
     if clip is not None:
