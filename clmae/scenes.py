@@ -246,8 +246,8 @@ def arrange(rng, kind: int) -> list[Thing]:
     return things
 
 # %% ../nbs/01_scenes.ipynb #af40c2e4
-PERIOD = (5.0, 6.6)  # px, before a texture's own factor
-DARK, LIGHT = (0.1, 0.35), (0.65, 0.9)  # ranges of luma
+PERIOD = (4.8, 6.8)  # px, before a texture's own factor
+DARK, LIGHT = (0.13, 0.38), (0.62, 0.87)  # ranges of luma
 
 
 def paint(rng, canvas, ids, thing: Thing, i: int):
