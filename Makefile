@@ -33,7 +33,7 @@ smoke: $(ENV) data ## the whole pipeline, tiny, in about a minute, in build/smok
 
 test: $(ENV) data ## the whole test suite: pytest, then every notebook from top to bottom
 	@status=0; \
-	$(RUN) -m pytest -n $(JOBS) --dist loadfile || status=1; \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile || status=1; \
 	echo "Every notebook, from top to bottom:"; \
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(HERE) nbdev_test --n_workers $(JOBS) --timing || status=1; \
 	exit $$status

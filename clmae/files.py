@@ -264,7 +264,7 @@ def find_root(start=None) -> Path:
 
 # %% ../nbs/00_files.ipynb #57c316a0
 def home(folder=None) -> Path:
-    """The folder that holds build/ and results/: `folder`, else the repository we are in, else the current one."""
+    """Where build/ and results/ are: `folder`, else the repository we are in, else the current folder."""
     try:
         return Path(folder or find_root())
     except UserError:

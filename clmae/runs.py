@@ -359,9 +359,9 @@ def pretrain_run(
     augmentation = train.model_dump(include={"batch_size", "crop_scale", "crop_ratio", "flip", "resident"})
     batches = TrainBatches(train_store, seed=seed, device=fabric.device, **augmentation)
     trained, spent = assemble(objective, data, model, train, seed, train_store, batches)
-    work = workshop(
-        root, name, seed=seed, objective=objective, data=data, model=model, train=train, film=film
-    )
+    watched = evaluate.model_dump(include={"k", "temperature", "batch_size"})
+    parts = {"objective": objective, "data": data, "model": model, "train": train, "film": film}
+    work = workshop(root, name, seed=seed, watched=watched, **parts)
     with Lock(work / "lock", f"the run {name}"):
         recorder = Recorder(val_store, work, seed, len(spent), **film.model_dump())
         monitor = validation_monitor(train_store, val_store, evaluate, fabric.device)

@@ -277,7 +277,7 @@ def fit(
             line = record(step + 1, batches, tally, objective, {"pos": pos, "lr": rate * schedule(pos)})
             for monitor in monitors:
                 line |= monitor(line, objective)
-            history.append(line)
+            history.append(dict(sorted(line.items())))  # as a checkpoint gives it back
             if folder:
                 save_checkpoint(folder, objective, optimizers, {"step": step + 1, "history": history})
     look(at, steps, objective)
