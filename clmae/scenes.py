@@ -8,7 +8,7 @@ __all__ = ['SIZE', 'OVERSAMPLE', 'CHROMA', 'GROUND', 'shapes', 'textures', 'CLAS
            'window', 'pile', 'dead_leaves', 'power_spectrum', 'slope', 'disc', 'star', 'Shape', 'stripes', 'checks',
            'dots', 'Texture', 'Thing', 'frame', 'silhouette', 'draw_thing', 'draw_things', 'visible', 'clear',
            'arrange', 'paint', 'majority', 'boxes_of', 'Scene', 'generator', 'render', 'encoded', 'encode', 'decode',
-           'write']
+           'save', 'write']
 
 # %% ../nbs/01_scenes.ipynb #5d6406c6
 import json
@@ -357,6 +357,13 @@ SCHEMA = pa.schema(
     metadata={"classes": json.dumps(CLASSES)},
 )
 
+# %% ../nbs/01_scenes.ipynb #f97ca543
+def save(rows: list[dict], path):
+    """Write rows as one parquet file, whole or not at all; the same rows and pyarrow, the same bytes."""
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    with files.whole(path) as beside:
+        pq.write_table(table, beside, compression="zstd", use_dictionary=False, write_statistics=False)
+
 # %% ../nbs/01_scenes.ipynb #4049b39e
 def write(folder, seed=0, train=6000, test=1500, progress=None):
     """Draw the set and write train.parquet and test.parquet to `folder`, each whole or not at all.
@@ -374,6 +381,4 @@ def write(folder, seed=0, train=6000, test=1500, progress=None):
             drawn.append(encode(render(seed, split, index)))
             done += 1
             (progress or (lambda *_: None))(done, train + test)
-        table = pa.Table.from_pylist(drawn, schema=SCHEMA)
-        with files.whole(Path(folder) / f"{split}.parquet") as beside:
-            pq.write_table(table, beside, compression="zstd", use_dictionary=False, write_statistics=False)
+        save(drawn, Path(folder) / f"{split}.parquet")
