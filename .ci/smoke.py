@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "build" / "smoke"
+DVC = (sys.executable, "-m", "dvc")
 TOP = {"clmae", "nbs", "dvc.yaml", "params.yaml", "settings.ini", "setup.py", ".dvcignore"}
 ROWS = {"train": 240, "test": 96}
 TINY = {
@@ -33,58 +34,62 @@ TINY = {
 }
 
 
-def copy_sources():
-    """A fresh build/smoke with what git tracks or would track of the code."""
-    shutil.rmtree(SMOKE, ignore_errors=True)
+def copy_sources(top: Path):
+    """A fresh folder with what git tracks or would track of the code."""
+    shutil.rmtree(top, ignore_errors=True)
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for path in (Path(name) for name in names if name):
         if path.parts[0] in TOP and (ROOT / path).is_file():
-            (SMOKE / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / path, SMOKE / path)
+            (top / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / path, top / path)
 
 
-def copy_images():
+def copy_images(folder: Path):
     """The first rows of the embedded set."""
-    (SMOKE / "data").mkdir()
+    folder.mkdir()
     for split, rows in ROWS.items():
-        pq.write_table(
-            pq.read_table(ROOT / "data" / f"{split}.parquet").slice(0, rows), SMOKE / f"data/{split}.parquet"
-        )
+        table = pq.read_table(ROOT / "data" / f"{split}.parquet")
+        pq.write_table(table.slice(0, rows), folder / f"{split}.parquet")
 
 
-def shrink(params: dict):
-    """Override the keys of TINY, each of which must be there."""
-    for section, keys in TINY.items():
-        for key, value in keys.items():
-            if key not in params[section]:
+def override(top: Path, changes: dict):
+    """Override sections of params.yaml, or keys of sections, each of which must be there."""
+    yaml = YAML()
+    params = yaml.load((top / "params.yaml").read_text(encoding="utf-8"))
+    for section, given in changes.items():
+        place, values = (params[section], given) if isinstance(given, dict) else (params, {section: given})
+        for key, value in values.items():
+            if key not in place:
                 raise SystemExit(f"clmae: params.yaml has no {section}.{key}, which make smoke wants to set")
-            params[section][key] = value
+            place[key] = value
+    with (top / "params.yaml").open("w", encoding="utf-8") as file:
+        yaml.dump(params, file)
 
 
-def run(*command):
-    """Run in build/smoke, its output shown; end here if it fails."""
-    env = os.environ | {"PYTHONPATH": str(SMOKE)}
-    done = subprocess.run(command, cwd=SMOKE, env=env, stdin=subprocess.DEVNULL)
+def run(top: Path, *command):
+    """Run in a copy, its output shown; end here if it fails."""
+    env = os.environ | {"PYTHONPATH": str(top)}
+    done = subprocess.run(command, cwd=top, env=env, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise SystemExit(f"make smoke: {' '.join(command)} failed")
 
 
+def make_copy(top: Path, changes: dict, images=copy_images):
+    """A copy of the repository with changed parameters, a DVC of its own and what `images` puts in data/."""
+    copy_sources(top)
+    images(top / "data")
+    override(top, changes)
+    run(top, *DVC, "init", "-q", "--no-scm", "--force")
+    run(top, *DVC, "config", "core.analytics", "false")
+    run(top, *DVC, "config", "core.check_update", "false")
+    run(top, *DVC, "add", "-q", "data")
+
+
 def main():
     start = time.monotonic()
-    copy_sources()
-    copy_images()
-    yaml = YAML()
-    params = yaml.load((SMOKE / "params.yaml").read_text(encoding="utf-8"))
-    shrink(params)
-    with (SMOKE / "params.yaml").open("w", encoding="utf-8") as file:
-        yaml.dump(params, file)
-    dvc = (sys.executable, "-m", "dvc")
-    run(*dvc, "init", "-q", "--no-scm", "--force")
-    run(*dvc, "config", "core.analytics", "false")
-    run(*dvc, "config", "core.check_update", "false")
-    run(*dvc, "add", "-q", "data")
-    run(*dvc, "repro")
+    make_copy(SMOKE, TINY)
+    run(SMOKE, *DVC, "repro")
     figures = sorted((SMOKE / "results" / "figures").glob("*.png"))
     if not (SMOKE / "results" / "metrics.json").exists() or not figures:
         raise SystemExit("make smoke: the pipeline ended without results/metrics.json and figures")

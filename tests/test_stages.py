@@ -89,12 +89,12 @@ def test_notebook_has_every_parameter_it_is_handed_and_no_other(name):
 
 
 @stages
-def test_results_are_kept_in_git_and_the_rest_is_never_pushed(name):
+def test_results_are_kept_in_git_the_rest_is_never_pushed_and_earlier_ones_stay_until_replaced(name):
     for path, options in outs(STAGES[name]).items():
         if path.startswith("results/"):
-            assert options == {"cache": False}, path
+            assert options == {"cache": False, "persist": True}, path
         else:
-            assert path.startswith("build/") and options == {"push": False}, path
+            assert path.startswith("build/") and options == {"push": False, "persist": True}, path
 
 
 def test_every_stage_notebook_is_a_stage():

@@ -1,0 +1,280 @@
+"""`dvc repro` from end to end, on a tiny copy of the repository: interrupted, twice at once, on bad data.
+
+The copies are made as `make smoke` makes its own, from 100 drawn images and a model of width 16.
+"""
+
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clmae import runs
+from clmae.config import UserError, read_params
+from clmae.files import read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = runpy.run_path(str(ROOT / ".ci" / "smoke.py"))
+NAME = "cl_mae-0"  # the run with two nets, two optimizers and a schedule: the most to put back
+TINY = {
+    "runs": ["cl_mae"],
+    "model": {
+        "width": 16,
+        "depth": 1,
+        "heads": 2,
+        "decoder_width": 16,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+    },
+    "train": {"epochs": 20, "batch_size": 4, "monitor_epochs": 3},  # some seconds; ten checkpoints
+    "film": {"images": 2, "moments": 3, "average_over": 8},
+    "evaluate": {"bootstrap": 10, "embedding_images": 20, "probe_c": [0.1]},
+}
+
+
+def draw_images(folder: Path):
+    """Two classes of 50 images: smooth blobs and sharp squares."""
+    rng = np.random.default_rng(0)
+    for split, count in {"train": 40, "test": 10}.items():
+        for name, filtering in {"blobs": Image.BICUBIC, "squares": Image.NEAREST}.items():
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for i in range(count):
+                coarse = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+                coarse.resize((64, 64), filtering).save(place / f"{i:02}.png")
+
+
+def start(top: Path, *targets: str) -> subprocess.Popen:
+    """`dvc repro` in a process group of its own, which Ctrl-C can reach whatever this process ignores."""
+    environ = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
+    environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", *targets],
+        cwd=top,
+        env=environ | {"PYTHONPATH": str(top)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    """The exit code of a `dvc repro` and all it said."""
+    said = process.communicate(timeout=300)[0]
+    return process.returncode, said
+
+
+def repro(top: Path, *targets: str) -> tuple[int, str]:
+    return end(start(top, *targets))
+
+
+def steps_saved(top: Path) -> int:
+    """The step of the checkpoint in build/work; 0 if there is none."""
+    for path in (top / "build/work").glob(f"{NAME}-*/checkpoint.json"):
+        try:
+            return read_json(path)["step"]
+        except UserError:  # the run has just ended and taken its folder away
+            return 0
+    return 0
+
+
+def wait_for(process: subprocess.Popen, condition):
+    """Wait until the condition holds; fail with what the process said if it ends before."""
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f"it ended too early: {process.communicate()[0]}")
+        time.sleep(0.02)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def complaint(said: str) -> str:
+    """The one line in which the package says what was wrong, no traceback around it."""
+    assert "Traceback" not in said, said
+    [line] = [line for line in said.splitlines() if line.startswith("clmae: ")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A build in one go: its folder, how it fared, and how a second `dvc repro` fared in the middle of it."""
+    folder = tmp_path_factory.mktemp("repro")
+    top = folder / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_SITE_CACHE_DIR", str(folder / "site"))
+        SMOKE["make_copy"](top, TINY, draw_images)
+        first = start(top)
+        wait_for(first, lambda: list((top / "build/work").glob(f"{NAME}-*")))
+        second = repro(top)
+        yield top, end(first), second
+
+
+@pytest.fixture(scope="module")
+def finished(built) -> Path:
+    """The folder of the build, to look at; a test that changes it takes a copy."""
+    top, (code, said), _ = built
+    assert code == 0, said
+    return top
+
+
+@pytest.fixture(scope="module")
+def interrupted(finished):
+    """The same training begun on top of another one's results, stopped by Ctrl-C after its second checkpoint.
+
+    The folder, the step of the checkpoint, exit code, what it said, and the results before and after.
+    """
+    top = shutil.copytree(finished, finished.parent / "interrupted", symlinks=True)
+    SMOKE["override"](top, {"train": {"epochs": 1}})
+    code, said = repro(top, f"pretrain@{NAME}")
+    assert code == 0, said
+    before = files(top / "results")
+    SMOKE["override"](top, {"train": TINY["train"]})
+    process = start(top)
+    wait_for(process, lambda: steps_saved(top) > 16)
+    os.killpg(process.pid, signal.SIGINT)
+    code, said = end(process)
+    [work] = (top / "build/work").iterdir()
+    shutil.copytree(work, finished.parent / "checkpoint")
+    return top, steps_saved(top), code, said, before, files(top / "results")
+
+
+def test_second_repro_at_the_same_time_is_refused_and_harms_nothing(built):
+    top, (code, said), (second_code, second_said) = built
+    assert second_code != 0 and "Traceback" not in second_said and "> python" not in second_said
+    [line] = [line for line in second_said.splitlines() if line.startswith("ERROR: ")]
+    assert "is busy" in line or "Unable to acquire lock" in line
+    assert code == 0 and "ERROR" not in said, said
+    assert list((top / "results/figures").glob("*.png"))
+
+
+def test_interrupted_repro_says_how_to_go_on_and_keeps_earlier_results(finished, interrupted):
+    _, step, code, said, before, after = interrupted
+    assert code != 0 and 0 < step < read_json(finished / f"results/pretrain/{NAME}.json")["step"]
+    assert complaint(said) == "clmae: interrupted; `dvc repro` continues from the last checkpoint"
+    assert after == before and f"pretrain/{NAME}.json" in before
+
+
+def test_interrupted_repro_continues_and_ends_with_the_same_bytes(finished, interrupted):
+    top, step, *_, before, _ = interrupted
+    assert before != files(finished / "results")
+    process, seen = start(top), set()
+    while process.poll() is None:
+        seen.add(steps_saved(top))
+        time.sleep(0.02)
+    code, said = end(process)
+    assert code == 0, said
+    assert min(seen - {0}) == step and len(seen) > 2  # it never went back behind its checkpoint
+    left = files(top / "build/runs" / NAME)
+    assert {"encoder.safetensors", "history.json", "film.safetensors"} < set(left)
+    assert left == files(finished / "build/runs" / NAME)
+    assert files(top / "results") == files(finished / "results")
+    assert not list((top / "build/work").iterdir())
+
+
+def test_repro_of_a_finished_build_runs_nothing(finished):
+    before = files(finished / "results"), (finished / "dvc.lock").read_bytes()
+    code, said = repro(finished)
+    assert code == 0 and "up to date" in said and "Running stage" not in said, said
+    assert (files(finished / "results"), (finished / "dvc.lock").read_bytes()) == before
+
+
+def no_folder(data: Path):
+    shutil.rmtree(data)
+
+
+def nothing(data: Path):
+    shutil.rmtree(data)
+    data.mkdir()
+
+
+def no_image(data: Path):
+    nothing(data)
+    (data / "notes.txt").write_text("images to come")
+
+
+def three_corrupt(data: Path):
+    for path in sorted(data.rglob("*.png"))[:60:20]:
+        path.write_bytes(b"not a picture")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (no_folder, "missing data 'source': data"),
+        (nothing, "clmae: error: data: an empty folder; expected parquet files or images"),
+        (no_image, "clmae: error: data: no image among its files"),
+        (three_corrupt, "clmae: error: data: 3 of 100"),
+    ],
+)
+def test_bad_data_is_one_line_and_earlier_results_stay(finished, tmp_path, spoil, words):
+    top = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
+    spoil(top / "data")
+    code, said = repro(top)
+    assert code != 0 and "Traceback" not in said, said
+    assert len([line for line in said.splitlines() if words in line]) == 1, said
+    assert files(top / "results") == files(finished / "results")
+
+
+@pytest.fixture
+def pretrain(finished, tmp_path):
+    """`pretrain_run` in a folder of its own with the prepared images of the build, some sections changed."""
+    shutil.copytree(finished / "build/prepared", tmp_path / "build/prepared")
+    config = read_params(finished / "params.yaml")
+
+    def call(**changes):
+        parts = {name: getattr(config, name) for name in ("data", "model", "train", "film", "evaluate")}
+        for name, values in changes.items():
+            parts[name] = parts[name].model_copy(update=values)
+        objective = config.objectives["cl_mae"]
+        return runs.pretrain_run(run="cl_mae", seed=0, objective=objective, folder=tmp_path, **parts)
+
+    return call
+
+
+def test_checkpoint_of_another_shape_of_model_names_the_tensor(interrupted, pretrain, tmp_path, monkeypatch):
+    work = shutil.copytree(interrupted[0].parent / "checkpoint", tmp_path / "work")
+    (work / "lock").unlink(missing_ok=True)  # its holder was stopped
+    before = files(work)
+    monkeypatch.setattr(runs, "workshop", lambda *_, **__: work)
+    with pytest.raises(UserError) as caught:
+        pretrain(model={"width": 32})
+    said = str(caught.value)
+    assert re.search(
+        r"another shape of model: mae\.[\w.]+ is \(.*16.*\) there and \(.*32.*\) here; ", said
+    ), said
+    assert "\n" not in said
+    assert files(work) == before and not (tmp_path / "results").exists()
+
+
+def test_work_under_other_settings_is_not_continued(pretrain, tmp_path, monkeypatch):
+    def stop(objective, batches, spent, work, **_):
+        folders.append(work)
+        raise KeyboardInterrupt
+
+    folders = []
+    monkeypatch.setattr(runs, "train_it", stop)
+    for changes in (
+        {},
+        {},
+        {"train": {"base_lr": 1.0}},
+        {"evaluate": {"k": 3}},
+        {"evaluate": {"bootstrap": 50}},
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(**changes)
+    same, again, rate, monitor, later = folders
+    assert same == again == later  # evaluate.bootstrap is for a later stage
+    assert len({same, rate, monitor}) == 3
