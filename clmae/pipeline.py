@@ -33,17 +33,7 @@ from typing import Any, NamedTuple
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 import clmae
-from clmae.config import (
-    Config,
-    ConfigError,
-    UserError,
-    as_yaml,
-    in_words,
-    nearest,
-    parse,
-    read_params,
-    unknown,
-)
+from .config import Config, ConfigError, UserError, as_yaml, in_words, nearest, read_params, unknown
 from .files import find_root, read_json, sha256, write_bytes, write_json
 
 # %% ../nbs/14_pipeline.ipynb #d541dbde

@@ -117,7 +117,7 @@ BAD_BLOCKS = [
         "'gauss'?",
     ),
     ({"model": {**PARAMS["model"], "preset": "mikro"}}, "model.preset: unknown preset 'mikro'", "'micro'?"),
-    ({"model": {**PARAMS["model"], "heads": 7}}, "model.heads: 7 does not divide the width 128", ""),
+    ({"model": {**PARAMS["model"], "heads": 7}}, "model.heads: 7 does not divide the width 64", ""),
     ({"model": {**PARAMS["model"], "decoder_heads": 7}}, "model.decoder_heads: 7 does not divide", ""),
     (
         {"train": {**PARAMS["train"], "device": "cuda:99"}},
