@@ -212,7 +212,9 @@ def test_stage_leaves_the_same_tidy_bytes_twice(repository, capfd):
     notebook = nbformat.reads(found[0].decode(), 4)
     nbformat.validate(notebook)
     printed, *values = [output for cell in notebook.cells for output in cell.outputs]
-    assert printed.text.startswith("0.00015 <class 'bool'> mae 3 2 ") and "a warning" not in printed.text
+    train = read_params(ROOT / "params.yaml").train
+    start = f"{train.base_lr} <class 'bool'> mae 3 {train.threads} "
+    assert printed.text.startswith(start) and "a warning" not in printed.text
     assert values[0].data["text/plain"] == "<object at 0x…>" and values[1].data["text/plain"] == "2"
     assert str(root) not in found[0].decode() and "papermill" not in found[0].decode()
     said = capfd.readouterr().err
