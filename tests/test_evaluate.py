@@ -15,6 +15,7 @@ from torch import nn
 
 from clmae import config, evaluate
 from clmae.config import UserError
+from clmae.mae import Prediction, build_mae
 
 
 def blobs(n, *, d=12, classes=3, noise=0.3, seed=0):
@@ -123,9 +124,11 @@ def test_every_evaluation_is_deterministic_and_beats_chance_only_with_real_label
 
 def test_defaults_are_those_of_the_configuration():
     section, probes = config.Evaluate(), evaluate.evaluations.values()
-    for f in (*probes, evaluate.knn_predict, evaluate.linear_predict, evaluate.knn_monitor):
+    others = (evaluate.knn_predict, evaluate.linear_predict, evaluate.knn_monitor, evaluate.consistency)
+    for f in (*probes, *others):
         for name, parameter in inspect.signature(f).parameters.items():
-            if parameter.kind is parameter.KEYWORD_ONLY and name != "chunk":
+            own = name in {"chunk", "norm_pix", "ratio"}  # a run's, not the section's
+            if parameter.kind is parameter.KEYWORD_ONLY and not own:
                 assert parameter.default == getattr(section, name), (f.__name__, name)
     assert inspect.signature(evaluate.embedding).parameters["images"].default == section.embedding_images
 
@@ -272,3 +275,108 @@ def test_monitor_agrees_with_the_evaluation_and_refuses_early():
     assert evaluate.knn_monitor([], np.full(60, -1), [], val_y) is None
     with pytest.raises(UserError, match=r"evaluate\.k"):
         evaluate.knn_monitor([], y, [], val_y, k=61)
+
+
+class Scripted(nn.Module):
+    """An autoencoder of 1-pixel patches that predicts `table[p]` (b, n, 1) when shown part p of K."""
+
+    def __init__(self, image_size, tables):
+        super().__init__()
+        self.encoder = build_mae(image_size, 1, 1).encoder
+        self.drop, self.tables, self.masks, self.calls = nn.Dropout(0.5), tables, [], 0
+
+    def forward(self, images, choose):
+        mask = choose(images)
+        self.masks.append(mask)
+        assert not self.drop.training and not torch.is_grad_enabled()
+        table = self.tables[self.calls % len(self.tables)]
+        self.calls += 1
+        return Prediction(table[: len(images)], mask)
+
+
+@settings(max_examples=25, deadline=None)
+@given(parts=st.integers(3, 6), b=st.integers(1, 5), rows=st.integers(1, 3), seed=st.integers(0, 999))
+def test_spread_and_error_are_those_of_a_slow_loop(parts, b, rows, seed):
+    rng = np.random.default_rng(seed)
+    images = torch.tensor(rng.standard_normal((b, 1, rows, parts)))
+    tables = torch.tensor(rng.standard_normal((parts, b, rows * parts, 1)))
+    mae, ratio = Scripted((rows, parts), tables), 1 - 1 / parts
+    spread, error = evaluate.prediction_spread(mae, [images], norm_pix=False, ratio=ratio, seed=seed)
+    assert mae.drop.training and mae.calls == parts
+    shown = sum(1 - mask.hidden for mask in mae.masks)
+    assert (shown == 1).all()  # complementary
+    for i in range(b):
+        variances, errors = [], []
+        for j in range(rows * parts):
+            hiding = [m for m in range(parts) if mae.masks[m].hidden[i, j]]
+            values = np.array([float(tables[m, i, j, 0]) for m in hiding])
+            truth = float(images[i].flatten()[j])
+            assert len(values) == parts - 1
+            variances.append(values.var())
+            errors.append(np.mean((values - truth) ** 2))
+        np.testing.assert_allclose([spread[i], error[i]], [np.mean(variances), np.mean(errors)], rtol=1e-9)
+        assert 0 <= spread[i] <= error[i]
+
+
+def small_mae():
+    torch.manual_seed(0)
+    return build_mae(
+        (8, 16), 4, 3, width=16, depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2
+    )
+
+
+def test_consistency_is_seeded_and_does_not_depend_on_batches_or_labels():
+    mae, images = small_mae(), torch.randn(13, 3, 8, 16, generator=torch.Generator().manual_seed(1))
+    state = torch.get_rng_state()
+    found = evaluate.consistency(mae, [images], norm_pix=True, ratio=0.75, bootstrap=100)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found == evaluate.consistency(mae, [images], norm_pix=True, ratio=0.75, bootstrap=100)
+    split = evaluate.consistency(mae, images.split(1), norm_pix=True, ratio=0.75, bootstrap=100)
+    assert split == pytest.approx(found, rel=1e-4)
+    other = evaluate.consistency(mae, [images], norm_pix=True, ratio=0.75, bootstrap=100, seed=1)
+    assert other["value"] != found["value"]
+    assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1 and found["parts"] == 4
+    assert mae.training and all(p.grad is None for p in mae.parameters())
+
+
+def test_consistency_asks_for_the_target_the_model_was_trained_on():
+    mae, images = small_mae(), 5 + 0.1 * torch.randn(6, 3, 8, 16)
+    with torch.no_grad():
+        mae.decoder.head.weight.zero_()  # predicts 0: the error is the target's square
+    plain, normed = (
+        evaluate.consistency(mae, [images], norm_pix=norm, ratio=0.75, bootstrap=10)["error"]
+        for norm in (False, True)
+    )
+    assert plain == pytest.approx(25, rel=0.02) and normed == pytest.approx(47 / 48, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "ratio, reason", [(0.5, "one of two masks only"), (0.6, "2.5 disjoint parts"), (2 / 3, "don't divide")]
+)
+def test_a_ratio_without_three_parts_is_a_reason_and_no_number(ratio, reason):
+    found = evaluate.consistency(small_mae(), [torch.randn(2, 3, 8, 16)], norm_pix=True, ratio=ratio)
+    assert list(found) == ["skipped"] and reason in found["skipped"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(share=st.floats(0, 1), m=st.integers(1, 200), seed=st.integers(0, 99))
+def test_share_interval_is_a_ratio_of_sums(share, m, seed):
+    rng = np.random.default_rng(seed)
+    whole = rng.exponential(size=m) + 0.1
+    same = evaluate.share_interval(share * whole, whole, bootstrap=50, seed=seed)
+    assert list(same.values()) == pytest.approx([share] * 3)  # every image agrees: no doubt at all
+    part = whole * rng.uniform(size=m)
+    found = evaluate.share_interval(part, whole, bootstrap=200, seed=seed)
+    assert found["value"] == pytest.approx(part.sum() / whole.sum())
+    assert (part / whole).min() <= found["low"] <= found["high"] <= (part / whole).max()
+    wide = evaluate.share_interval(7 * part, 7 * whole, bootstrap=200, seed=seed)
+    assert wide == pytest.approx(found)
+
+
+def test_share_interval_covers():
+    rng, hits = np.random.default_rng(0), 0
+    for seed in range(200):
+        whole = rng.exponential(size=100)
+        found = evaluate.share_interval(whole * rng.beta(1, 3, 100), whole, bootstrap=300, seed=seed)
+        hits += found["low"] <= 0.25 <= found["high"]
+    assert 0.88 <= hits / 200 <= 0.99
