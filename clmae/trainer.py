@@ -254,6 +254,8 @@ def fit(
     fabric, at, folder = fabric or make_fabric(), at or {}, folder and Path(folder)
     schedule, tally, watch = warmup_cosine(warmup=warmup, floor=floor), Tally(), Watch()
     objective.calls = {name: fabric.setup_module(net) for name, net in objective.nets.items()}
+    weight = next(objective.parameters())
+    objective.to(weight.device, weight.dtype)  # what is no net goes along: a teacher, averages of errors
     optimizers = make_optimizers(objective, betas=betas, weight_decay=weight_decay)
     state = folder and restore_checkpoint(folder, objective, optimizers)
     start, history = (state["step"], state["history"]) if state else (0, [])

@@ -14,7 +14,7 @@ import torch
 from clmae.curriculum import released
 from clmae.losses import GAUSS_WEIGHT
 from clmae.mae import build_mae
-from clmae.masking import Draw, Mask, keep_lowest
+from clmae.masking import Draw, Hiding, Mask, keep_lowest
 from clmae.objectives import CurriculumLearnedMasking, MaskedAutoencoding
 
 REFERENCE = np.load(Path(__file__).parent / "reference_tiny.npz")
@@ -99,7 +99,7 @@ def released_cl_mae(norm_pix):
 def given_noise(objective):
     """Hide by the reference's noise instead of our own draw."""
 
-    class Given:
+    class Given(Hiding):
         def propose(self, tokens, pos, draw) -> Mask:
             return keep_lowest(reference("noise"), objective.encoder.n // 4)
 
@@ -196,3 +196,26 @@ def test_released_curriculum_agrees(epochs):
     factor = released(epochs=epochs)
     middle = [factor((e + 0.5) / epochs) for e in range(epochs)]
     assert np.allclose(middle, REFERENCE[f"curriculum.released_code.E{epochs}"], rtol=0, atol=1e-12)
+
+
+def released_rc_mae():
+    """RC-MAE as released: student and teacher see the same patches, weight 1, norm_pix on."""
+    objective = MaskedAutoencoding(tiny_mae(), teacher={"mask": "same", "weight": 1.0}).double()
+    student = released_weights("clmae.weights.", masker=False)
+    teacher = {f"teacher.{k}": v for k, v in released_weights("rcmae.teacher_weights.", masker=False).items()}
+    objective.load_state_dict(student | teacher)
+    return given_noise(objective)
+
+
+def test_rc_mae_agrees():
+    objective = released_rc_mae()
+    loss = objective.loss("mae", images, 0.0, DRAW)
+    mask = objective.choose(objective.mae.encoder.embed(images), 0.0, DRAW)
+    assert torch.equal(mask.hidden, reference("rcmae.hidden"))
+    assert distance(objective.teacher.predict(images, mask), reference("rcmae.teacher_pred")) < EXACT
+    assert distance(loss.parts["reconstruction"], reference("rcmae.recon")) < EXACT
+    assert distance(loss.parts["teacher"], reference("rcmae.consistency")) < EXACT
+    loss.total.backward()
+    head = objective.mae.decoder.head.weight.grad
+    assert distance(head, reference("rcmae.grad.decoder_pred.weight")) < EXACT
+    assert all(p.grad is None for p in objective.teacher.parameters())
