@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,21 @@ def film(learned, *, t=3, m=2, grid=(4, 4), size=(16, 16), c=3, seed=0):
     }
 
 
-def history(learned, *, epochs=4, knn=True):
+def toy_health(learned, pos):
+    numbers = {
+        "ratio": 0.75,
+        "diversity": 1.0,
+        "learned": 0.9 + 0.2 * pos,
+        "random": 1.0,
+        "gap": 0.9 + 0.2 * pos,
+    }
+    if learned:
+        numbers |= {"entropy": 0.5, "bimodality": 0.7}
+    said = ("alive" if pos > 0.5 else "undecided: 0.98 bits") if learned else "no masker"
+    return {f"health.{name}": value for name, value in (numbers | {"verdict": said}).items()}
+
+
+def history(learned, *, epochs=4, knn=True, health=True):
     records = []
     for e in range(1, epochs + 1):
         record = {
@@ -44,6 +59,8 @@ def history(learned, *, epochs=4, knn=True):
         if learned:
             record |= {"factor": 1 - 2 * e / epochs, "loss.masker.reconstruction": 0.5}
             record |= {f"loss.masker.{term}": 0.1 for term in ("gauss", "kl", "diversity")}
+        if health:
+            record |= toy_health(learned, e / epochs)
         if knn and (e % 2 == 0 or e == epochs):
             record["knn"] = 0.1 * e
         records.append(record)
@@ -55,14 +72,18 @@ def scores(accuracy):
     return {"knn": interval, "linear": interval}
 
 
-def make_study(root, runs=("mae", "cl_mae"), seeds=(0,), *, labels=True, classes=3, epochs=4, **shape):
+def make_study(
+    root, runs=("mae", "cl_mae"), seeds=(0,), *, labels=True, classes=3, epochs=4, health=True, **shape
+):
     grid = ",".join(map(str, shape.get("grid", (4, 4))))
     for run in runs:
         for seed in seeds:
             learned, name, done = run != "mae", f"{run}-{seed}", root / "build" / "runs" / f"{run}-{seed}"
-            write_json(done / "history.json", history(learned, knn=labels, epochs=epochs))
+            write_json(done / "history.json", history(learned, knn=labels, epochs=epochs, health=health))
             write_tensors(done / "film.safetensors", film(learned, **shape), {"grid": grid})
             result = scores(0.5 + 0.01 * seed) if labels else {"skipped": "no labels"}
+            if health:
+                result |= {"consistency": {"value": 0.2 + 0.1 * seed, "low": 0.1, "high": 0.4, "parts": 4}}
             write_json(root / "results" / "evaluate" / f"{name}.json", {"run": run, "seed": seed} | result)
             rng, label = np.random.default_rng(0), np.arange(60) % classes if labels else np.full(60, -1)
             points = {"x": rng.random(60), "y": rng.random(60), "label": label}
@@ -83,9 +104,10 @@ def contents(folder):
     }
 
 
-EXPECTED = ["accuracy.png", "accuracy.svg", "compute.png", "compute.svg", "curriculum.png", "curriculum.svg"]
+CHARTS = ["accuracy", "compute", "consistency", "curriculum", "gap", "health"]
+EXPECTED = [f"{name}.{kind}" for name in CHARTS for kind in ("png", "svg")]
 EXPECTED += ["embedding_cl_mae.png", "embedding_mae.png", "mask_film.png", "mask_film_cl_mae.png"]
-EXPECTED += ["mask_film_mae.png", "mask_maps.png"]
+EXPECTED = sorted([*EXPECTED, "mask_film_mae.png", "mask_maps.png"])
 
 
 def test_everything_is_drawn_and_the_same_bytes_come_twice(tmp_path):
@@ -128,21 +150,25 @@ STUDIES = [
     dict(runs=("mae",)),
     dict(runs=("cl_mae",), classes=40),
     dict(runs=tuple(f"run_{i}" for i in range(7)), m=1),
+    dict(runs=("mae", *(f"cl_mae_{i}" for i in range(10))), m=1, epochs=2),
 ]
 
 
-@pytest.mark.parametrize("shape", STUDIES, ids=["one epoch", "no masker", "many classes", "many runs"])
+@pytest.mark.parametrize(
+    "shape", STUDIES, ids=["one epoch", "no masker", "many classes", "many runs", "eleven runs"]
+)
 def test_every_study_is_drawn(tmp_path, shape):
     runs, seeds = make_study(tmp_path, **shape)
     names = figures.draw_all(runs, seeds, folder=tmp_path, report=pytest.fail)
     assert {f"{figure}_{run}.png" for run in runs for figure in ("mask_film", "embedding")} < set(names)
 
 
-def test_without_labels_the_rest_is_drawn_and_said(tmp_path):
-    runs, seeds = make_study(tmp_path, labels=False)
+def test_without_labels_and_health_the_rest_is_drawn_and_said(tmp_path):
+    runs, seeds = make_study(tmp_path, labels=False, health=False)
     said = []
     names = figures.draw_all(runs, seeds, folder=tmp_path, report=said.append)
-    assert said == ["accuracy: nothing to draw", "compute: nothing to draw"]
+    missing = ["gap", "health", "accuracy", "consistency", "compute"]
+    assert said == [f"{name}: nothing to draw" for name in missing]
     assert "mask_film.png" in names and "accuracy.png" not in names
     saved = read_json(tmp_path / "results" / "metrics.json")
     assert saved["runs"]["mae"] == {"seeds": 1, "skipped": "no labels", "verdict": "MAE: not evaluated"}
@@ -157,6 +183,12 @@ def test_metrics_are_means_over_seeds(tmp_path):
     assert (knn["low"], knn["high"]) == (pytest.approx(0.46), pytest.approx(0.56))
     assert saved["runs"]["cl_mae"]["verdict"] == "CL-MAE: knn beats random, pca; linear beats random, pca"
     assert saved["baselines"]["random"]["knn"]["mean"] == 0.35
+    assert saved["runs"]["mae"]["consistency"] == pytest.approx(
+        {"mean": 0.3, "sd": 0.1, "low": 0.1, "high": 0.4}
+    )
+    gap = {"first_quarter": pytest.approx(0.95), "last_quarter": pytest.approx(1.1)}
+    assert saved["runs"]["cl_mae"]["health"] == {"gap": gap, "verdict": "alive"}
+    assert saved["runs"]["mae"]["health"]["verdict"] == "no masker"
 
 
 @pytest.mark.parametrize(
@@ -174,12 +206,18 @@ def test_strangers_go_and_nothing_else(tmp_path):
     results = tmp_path / "results"
     kept = [
         "pretrain/mae-0.json",
-        "notebooks/pretrain-mae-0.ipynb",
-        "notebooks/prepare.ipynb",
+        "notebooks/20_pretrain-mae-0.ipynb",
+        "notebooks/10_prepare.ipynb",
         "difficulty.json",
     ]
-    kept += ["curves/mae-0/metrics.json", "recorded/old-3/notes.md", "recorded/old-3.json", "LOG.md"]
-    gone = ["pretrain/mae-1.json", "pretrain/cl_mae-0.json", "notebooks/evaluate-cl_mae-0.ipynb"]
+    kept += [
+        "notebooks/50_laboratory.ipynb",
+        "curves/mae-0/metrics.json",
+        "recorded/old-3/notes.md",
+        "recorded/old-3.json",
+        "LOG.md",
+    ]
+    gone = ["pretrain/mae-1.json", "pretrain/cl_mae-0.json", "notebooks/30_evaluate-cl_mae-0.ipynb"]
     gone += ["curves/cl_mae-0/metrics.json", "figures/mask_film_cl_mae.png", "figures/old.svg"]
     for name in kept + gone:
         write_bytes(results / name, b"{}")
@@ -271,3 +309,138 @@ def test_a_new_figure_is_an_entry(tmp_path, monkeypatch):
     blank = figures.Figure(figsize=(2, 2))
     monkeypatch.setitem(figures.figures, "extra", lambda study: {f"extra_{study.runs[0]}": blank})
     assert "extra_mae.png" in figures.draw_all(runs, seeds, folder=tmp_path)
+
+
+def record(run, seed, verdicts, gaps):
+    done = [100 * (i + 1) / len(verdicts) for i in range(len(verdicts))]
+    columns = {"run": run, "seed": seed, "done": done, "pos": [d / 100 for d in done]}
+    return pd.DataFrame(columns | {"health.verdict": verdicts, "health.gap": gaps})
+
+
+def test_the_story_of_a_masker_names_its_end_and_its_first_trouble():
+    well = record("cl_mae", 0, ["alive"] * 4, [1.0] * 4)
+    ill = record("cl_mae", 1, ["alive", "fixed: 0.99 as before", "alive", "collapsed: 93 % equal"], [1.0] * 4)
+    assert figures.story(well) == "alive throughout"
+    assert figures.story(ill) == (
+        "in the end collapsed: 93 % equal; first not alive at 50 %: fixed: 0.99 as before"
+    )
+    assert (
+        figures.ending(pd.concat([well, ill])) == "alive (1 of 2 seeds); collapsed: 93 % equal (1 of 2 seeds)"
+    )
+    rule, old = record("mae", 0, ["no masker"] * 4, [1.0] * 4), record("old", 0, [None] * 4, [None] * 4)
+    lines = figures.told(pd.concat([rule, well, old]), ["mae", "cl_mae", "old"])
+    assert lines == [("MAE", "no masker"), ("CL-MAE", "alive throughout")]
+    assert figures.told(well[["run", "seed"]], ["cl_mae"]) == []
+
+
+@given(
+    gaps=st.lists(st.floats(0.5, 2), min_size=1, max_size=30), seeds=st.integers(1, 3), first=st.booleans()
+)
+def test_quarters_are_means_over_their_epochs_and_absent_without_any(gaps, seeds, first):
+    table = pd.concat([record("cl_mae", seed, ["alive"] * len(gaps), gaps) for seed in range(seeds)])
+    found, n = figures.quarter_gaps(table), len(gaps)
+    name = "first_quarter" if first else "last_quarter"
+    inside = [g for i, g in enumerate(gaps, 1) if (4 * i <= n if first else 4 * i > 3 * n)]
+    assert (name in found) == bool(inside)
+    if inside:
+        assert found[name] == pytest.approx(np.mean(inside))
+
+
+def test_only_runs_that_were_measured_are_in_the_legend_with_the_look_they_have_elsewhere():
+    runs = [f"run_{i}" for i in range(9)]
+    table = pd.concat([record(run, 0, ["alive"] * 4, [1.0] * 4) for run in (runs[0], runs[8])])
+    figure = figures.draw_gap(table, figures.colours(runs))
+    looks = [(line.get_color(), line.is_dashed()) for line in figure.legends[0].get_lines()]
+    drawn = [(line.get_color(), line.is_dashed()) for line in figure.axes[0].lines[:2]]
+    assert looks == drawn == [(figures.COLOURS[0], False), (figures.COLOURS[1], True)]
+
+
+@pytest.mark.parametrize("health", [True, False], ids=["with health", "old records"])
+def test_a_study_of_old_and_new_runs_is_drawn(tmp_path, health):
+    runs, seeds = make_study(tmp_path)
+    old = tmp_path / "build" / "runs" / ("mae-0" if health else "cl_mae-0") / "history.json"
+    write_json(old, [{k: v for k, v in r.items() if not k.startswith("health")} for r in read_json(old)])
+    names = figures.draw_all(runs, seeds, folder=tmp_path, report=pytest.fail)
+    assert names == EXPECTED
+
+
+@given(ratio=st.floats(0.05, 0.95), shares=st.lists(st.floats(0, 1), min_size=2, max_size=20))
+def test_maps_are_between_never_and_always_whatever_the_ratio(ratio, shares):
+    lean = figures.lean(np.array(shares))
+    assert (np.abs(lean) <= 1 + 1e-9).all()
+    assert (np.sign(lean) == np.sign(np.array(shares) - np.mean(shares))).all()
+    ends = figures.lean(np.array([0.0, 1.0, ratio]))
+    assert ends[:2] == pytest.approx([-1, 1])
+
+
+# The laboratory
+
+
+def reels_of(root, **shape):
+    runs, seeds = make_study(root, **shape)
+    return figures.read_reels(figures.study_of(runs, seeds, root))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_bench_shows_films_of_every_shape(tmp_path, shape):
+    reels = reels_of(tmp_path, **shape)
+    drawn = [figures.draw_strip(reels, 0), figures.draw_contacts(reels["mae"].film)]
+    assert all(len(figures.encode(figure, "png")) > 500 for figure in drawn)
+
+
+def test_the_bench_shows_its_pixels_exactly(tmp_path):
+    reels = reels_of(tmp_path)
+    cases = [(0, 0.0), (1, 1.0)]
+    figure = figures.draw_bench(reels, cases, 64)
+    shown = np.asarray(Image.open(io.BytesIO(figures.encode(figure, "png"))).convert("RGB"))
+    cells, _, _ = figures.bench(reels, cases, 64)
+    for row, top in enumerate([10, 10 + 64 + 14 + 16]):  # the images, the first run
+        np.testing.assert_array_equal(shown[top : top + 64, 130 : 130 + 64], cells[row, 0])
+
+
+def test_a_view_is_of_the_nearest_moment_and_a_rule_has_no_score(tmp_path):
+    reels = reels_of(tmp_path, t=3)
+    reel, rule = reels["cl_mae"], reels["mae"]
+    hidden = reel.film["hidden"][1, 0]
+    shown, error = figures.views(reel, 0, 0.6)
+    truth, guess = (figures.as_rgb(a) for a in (reel.film["images"][0], reel.film["prediction"][1, 0]))
+    np.testing.assert_array_equal(shown[2], guess)
+    where = figures.per_pixel(hidden, (4, 4), (16, 16))[..., 0] > 0
+    wrong = (truth[where].astype(float) - guess[where]) ** 2
+    assert error == pytest.approx(np.sqrt(wrong.mean()))
+    assert (shown[1][where] == 232).all() and (shown[3][~where] == 232).all()
+    assert (figures.views(rule, 0, 0.6)[0][0] == 255).all()
+
+
+def test_the_live_laboratory_answers_to_its_widgets(tmp_path):
+    reels = reels_of(tmp_path, m=3)
+    live = figures.laboratory(figures.study_of(["mae", "cl_mae"], [0], tmp_path))
+    _, pickers, slider, picture = live.children
+    runs, images = pickers.children
+
+    def expected(names, cases, side=128):
+        return figures.encode(figures.draw_bench({n: reels[n] for n in names}, cases, side), "png")
+
+    assert picture.value == expected(reels, [(0, 1.0)])
+    slider.value = 0.0
+    assert picture.value == expected(reels, [(0, 0.0)]) != expected(reels, [(0, 1.0)])
+    runs.value = ["cl_mae"]
+    assert picture.value == expected(["cl_mae"], [(0, 0.0)])
+    images.value = [0, 1, 2]
+    assert picture.value == expected(["cl_mae"], [(0, 0.0), (1, 0.0), (2, 0.0)], 64)
+    images.value = []
+    assert picture.value == expected(["cl_mae"], [(0, 0.0), (1, 0.0), (2, 0.0)], 64)
+
+
+def test_without_ipywidgets_the_laboratory_says_how_to_get_it(tmp_path, monkeypatch):
+    make_study(tmp_path)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.raises(UserError, match="pip install ipywidgets"):
+        figures.laboratory(figures.study_of(["mae"], [0], tmp_path))
+
+
+def test_what_has_finished_is_shown_and_nothing_else(tmp_path):
+    make_study(tmp_path, runs=("mae", "cl_mae"), seeds=(1,))
+    assert figures.finished(["emae", "cl_mae"], [0, 1], tmp_path).pairs() == [("cl_mae", 1)]
+    with pytest.raises(UserError, match="none of emae-0 has finished"):
+        figures.finished(["emae"], [0], tmp_path)
