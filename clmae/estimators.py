@@ -108,6 +108,9 @@ class Estimator:
 
     learns = True
     replays = True
+    predicts = (
+        False  # whether logits are difficulties, which a masker with a reach can weigh against each other
+    )
 
     def preference(self, logits: Tensor, factor: float) -> Tensor:
         """The wish to keep each patch, from logits (b, n) or (b, n, K): here the logits themselves."""
@@ -156,6 +159,7 @@ class Rank(Estimator):
     """
 
     loss_name: str = "regression"
+    predicts = True
 
     def preference(self, logits: Tensor, factor: float) -> Tensor:
         """The factor times the standardised difficulty: with factor > 0 the hard patches are kept."""

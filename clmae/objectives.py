@@ -27,7 +27,7 @@ from clmae.losses import (
     soft_reconstructions,
 )
 from .mae import MAE, Encoder
-from .masker import Masker, assign, deal, perturbed, relaxations, with_share
+from .masker import Masker, assign, deal, in_company, perturbed, relaxations, with_share
 from .masking import Draw, Hiding, Mask, hidings, keep_count, make_hiding, part_count, split
 from .patches import patchify, standardise, unstandardise
 from .teacher import Teacher, Watching
@@ -224,11 +224,14 @@ class LearnedHiding(Hiding):
     share: Schedule
 
     @torch.no_grad()
-    def wish(self, tokens: Tensor, pos: float) -> Tensor:
-        """Wishes (b, n) or (b, n, K) for tokens (b, n, d), in float32 or better, before chance."""
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits (b, n) or (b, n, K) of tokens (b, n, d), in float32 or better."""
         logits = self.masker(tokens)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return self.preference(logits, self.factor(pos))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def wish(self, tokens: Tensor, pos: float) -> Tensor:
+        """Wishes (b, n) or (b, n, K) for tokens (b, n, d), before chance and company."""
+        return self.preference(self.logits(tokens), self.factor(pos))
 
     def noisy(self, tokens: Tensor, pos: float, draw: Draw) -> Tensor:
         """Wishes with Gumbel noise at the temperature of `pos`."""
@@ -239,12 +242,24 @@ class LearnedHiding(Hiding):
 
     def order(self, tokens: Tensor, pos: float, draw: Draw) -> Tensor:
         """Patch ids (b, n), most wanted first; all but the learned share in random order."""
-        wish, share = self.noisy(tokens, pos, draw), self.share(pos)
-        if share < 1:
-            b, n = wish.shape
-            hide = round(share * (n - keep_count(n, self.ratio)))
-            wish = with_share(wish, hide, draw.fork(2).uniform(b, n).to(wish))
+        b, n, _ = tokens.shape
+        k, share = keep_count(n, self.ratio), self.share(pos)
+        if self.masker.reach:
+            order = self.in_company(tokens, pos, draw, k)
+        else:
+            order = self.noisy(tokens, pos, draw).argsort(dim=1, descending=True, stable=True)
+        if share == 1:
+            return order
+        uniform = draw.fork(2).uniform(b, n).to(tokens.device)
+        wish = with_share(-order.argsort(dim=1).to(uniform), round(share * (n - k)), uniform)
         return wish.argsort(dim=1, descending=True, stable=True)
+
+    @torch.no_grad()
+    def in_company(self, tokens: Tensor, pos: float, draw: Draw, k: int) -> Tensor:
+        """The order of a masker with a reach: each choice knows the earlier ones."""
+        difficulty = self.logits(tokens)
+        noise = self.temperature(pos) * draw.gumbel(*difficulty.shape).to(difficulty)
+        return in_company(self.masker, difficulty, self.factor(pos), noise, k)
 
     def parts(self, tokens: Tensor, pos: float, draw: Draw, count: int) -> Mask:
         """The Mask (K·b rows) of K balanced parts: assigned by wishes for each, or dealt out by one wish."""
@@ -334,7 +349,11 @@ class CurriculumLearnedMasking(MaskedAutoencoding):
         plain, self.amplitude = make_curriculum(**{"name": "linear", **(curriculum or {})}), amplitude
         self.factor: Schedule = lambda pos: amplitude * plain(pos)
         groups = self.parts if grouping == "assign" else 1
-        self.masker = Masker(mae.encoder.n, mae.encoder.width, groups, **sizes)
+        self.masker = Masker(mae.encoder.grid, mae.encoder.width, groups, **sizes)
+        if self.masker.reach and not self.estimator.predicts:
+            raise ValueError(
+                "masker.reach: only estimator rank learns what a visible neighbour does; set it to 0"
+            )
         self.nets["masker"] = self.calls["masker"] = self.masker
         self.hiding = LearnedHiding(
             self.masker, mask_ratio, self.estimator.preference, lambda pos: self.factor(pos), amount(temperature), amount(share)
@@ -379,7 +398,7 @@ class CurriculumLearnedMasking(MaskedAutoencoding):
             with torch.no_grad():
                 super().loss("mae", images, pos, draw)
         seen = self.seen.pop(draw).first(m)
-        logits = self.calls["masker"](seen.tokens).to(seen.error.dtype)
+        logits = self.calls["masker"](seen.tokens, 1 - seen.hidden).to(seen.error.dtype)
         self.watch(as_scores(self.estimator.preference(logits.detach(), factor)))
         return self.estimator.loss(logits, factor, seen)
 

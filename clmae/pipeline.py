@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +41,8 @@ from .files import find_root, read_json, sha256, write_bytes, write_json
 def arguments(target) -> dict:
     """Name → `inspect.Parameter` of what `target` takes by name.
 
-    A callable takes its keyword-only arguments (all, if it has none such); a string is a name of
-    unknown type; a list or set adds up what its members take.
+    A callable takes its keyword-only arguments; a string is a name of unknown type; a list or set adds
+    up what its members take.
     """
     if isinstance(target, str):
         return {target: inspect.Parameter(target, inspect.Parameter.KEYWORD_ONLY, default=None)}
@@ -49,7 +50,7 @@ def arguments(target) -> dict:
         members = sorted(target) if isinstance(target, set) else target
         return {name: p for member in members for name, p in arguments(member).items()}
     found = inspect.signature(target, eval_str=True).parameters.values()
-    return {p.name: p for p in [p for p in found if p.kind is p.KEYWORD_ONLY] or found}
+    return {p.name: p for p in found if p.kind is p.KEYWORD_ONLY}
 
 # %% ../nbs/14_pipeline.ipynb #dfba3028
 def kind_of(parameter):
@@ -126,8 +127,8 @@ def patches(config) -> int:
     return math.prod(i // p for i, p in zip(config.data.image_size, config.model.patch_size))
 
 # %% ../nbs/14_pipeline.ipynb #d3cb55df
-def ratio_problem(value, config):
-    """What is wrong with a mask ratio, if anything."""
+def ratio_problem(value, config, block):
+    """What is wrong with a mask ratio, if anything. `block` is where the number stands."""
     if not 0 < value < 1:
         return "expected a number > 0 and < 1"
     n = patches(config)
@@ -137,11 +138,12 @@ def ratio_problem(value, config):
     )
 
 
-def heads_problem(value, config):
-    """What is wrong with a number of attention heads over tokens of the encoder's width, if anything."""
-    width = sizes(config.model)["width"]
-    fine = value >= 1 and width % value == 0
-    return None if fine else f"does not divide the encoder's width {width}"
+def heads_problem(value, config, block):
+    """What is wrong with a number of attention heads, if anything; the width is the block's or the encoder's."""
+    own = block.get("width")
+    width = own or sizes(config.model)["width"]
+    whose = "its" if own else "the encoder's"
+    return None if value >= 1 and width % value == 0 else f"does not divide {whose} width {width}"
 
 
 NUMBERS = {"mask_ratio": ratio_problem, "heads": heads_problem}
@@ -163,7 +165,8 @@ def check_numbers(where, block, config):
     """One line for each number in `block` that does not fit the model."""
     for path, value in leaves(block):
         check = NUMBERS.get(path[-1]) if path and fits(value, float) else None
-        problem = check and check(value, config)
+        around = reduce(lambda inner, key: inner[key], path[:-1], block) if check else None
+        problem = check and check(value, config, around)
         if problem:
             yield f"{'.'.join((where, *path))}: {value}; {problem}"
 

@@ -333,6 +333,12 @@ def test_the_story_of_a_masker_names_its_end_and_its_first_trouble():
     assert figures.told(well[["run", "seed"]], ["cl_mae"]) == []
 
 
+def test_what_the_health_check_calls_fine_is_no_trouble():
+    from clmae import health
+
+    assert {health.verdict({}), health.verdict({"health.spread": 0.3})} == figures.FINE
+
+
 @given(
     gaps=st.lists(st.floats(0.5, 2), min_size=1, max_size=30), seeds=st.integers(1, 3), first=st.booleans()
 )

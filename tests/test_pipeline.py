@@ -96,7 +96,7 @@ BAD_BLOCKS = [
     (block(curriculum={"name": "linear", "hold": 0.7}), "objectives.cl_mae: ", "0.7"),
     (
         block(masker={"dept": 5}),
-        "objectives.cl_mae.masker.dept: unknown key; allowed: depth, heads,",
+        "objectives.cl_mae.masker.dept: unknown key; allowed: width, depth, heads,",
         "'depth'?",
     ),
     (
@@ -105,6 +105,21 @@ BAD_BLOCKS = [
         "",
     ),
     (block(masker={"every": 0}), "objectives.cl_mae: ", "every"),
+    (block(masker={"head": "tokens"}), "objectives.cl_mae.masker.head: 'tokens'; expected", "'token'"),
+    (block(masker={"width": 30, "heads": 4}), "objectives.cl_mae.masker.heads: 4; does not divide its", "30"),
+    (block(estimator="soft", masker={"reach": 2}), "objectives.cl_mae: masker.reach", "estimator rank"),
+    (block(estimator="sort"), "objectives.cl_mae.estimator: unknown estimator 'sort'; allowed: frozen, p", "'soft'?"),
+    (
+        block(estimator={"name": "rank", "loss": "pair"}),
+        "objectives.cl_mae.estimator.loss: 'pair'; expected",
+        "'pairs'",
+    ),
+    (block(grouping="deals"), "objectives.cl_mae.grouping: 'deals'; expected", "'deal'"),
+    (block(parts={}, mask_ratio=0.6), "objectives.cl_mae: ", "0.6"),
+    (block(parts={"weigth": 1.0}), "objectives.cl_mae.parts.weigth: unknown key; allowed: consistency", "'weight'?"),
+    (block(teacher={"momentum": "cosin"}), "objectives.cl_mae.teacher.momentum: 'cosin'; expected", "'cosine'"),
+    (block(teacher={"start": 2.0}), "objectives.cl_mae: teacher: ", "start=2.0"),
+    (block(excess=True, teacher=None), "objectives.cl_mae: excess", "teacher: {}"),
     (
         block(masker={"fraction": 0.5, "every": 1.5}),
         "objectives.cl_mae.masker.every: 1.5; expected a whole",
