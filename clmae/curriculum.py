@@ -55,8 +55,10 @@ def released_factor(epoch: int, epochs: int) -> float:
     return 1 - 2 * (epoch + shift) / epochs
 
 
-def released(*, epochs: int) -> Schedule:
-    """The released code's staircase: one value an epoch, jumping over 0 in the middle."""
+def released(*, epochs: int | None = None) -> Schedule:
+    """The released code's staircase: one value an epoch, jumping over 0 in the middle. ValueError without epochs."""
+    if not epochs:
+        raise ValueError("curriculum released: needs the number of epochs")
     return lambda pos: released_factor(min(int(pos * epochs), epochs - 1), epochs)
 
 # %% ../nbs/08_curriculum.ipynb #cd8430b5

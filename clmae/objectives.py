@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['objectives', 'Loss', 'Tally', 'Objective', 'Parts', 'MaskedAutoencoding', 'LearnedHiding', 'Turns', 'take',
-           'CurriculumLearnedMasking', 'View', 'view', 'preset', 'make_objective']
+           'CurriculumLearnedMasking', 'View', 'view', 'preset', 'with_epochs', 'make_objective']
 
 # %% ../nbs/10_objectives.ipynb #5d6406c6
 from collections.abc import Callable
@@ -139,6 +139,13 @@ class MaskedAutoencoding(Objective):
         self.agreeing = Parts(**(parts or {}))
         self.watching = Watching(**(teacher or {}))
         self.teacher = None if teacher is None else Teacher(mae)
+        self.momentum: Schedule | None = None if teacher is None else self.watching.schedule()
+        self.excess = False
+
+    @property
+    def consults(self) -> bool:
+        """Whether the teacher is asked for its predictions."""
+        return self.teacher is not None and (self.watching.weight > 0 or self.excess)
 
     @property
     def autoencoder(self) -> MAE:
@@ -180,12 +187,14 @@ class MaskedAutoencoding(Objective):
             distance = disagreements[self.agreeing.consistency]
             views = prediction.patches.to(target.dtype)
             terms["consistency"] = self.agreeing.weight, consistency(views, hidden, self.parts, distance)
-        if self.teacher and self.watching.weight:
-            taught = self.taught(images, prediction.mask, pos, draw).to(target.dtype)
+        taught = self.taught(images, prediction.mask, pos, draw).to(target.dtype) if self.consults else None
+        if self.watching.weight and taught is not None:
             terms["teacher"] = (
                 self.watching.weight,
                 hidden_mean(patch_error(prediction.patches, taught), hidden),
             )
+        if self.excess:
+            error = error - patch_error(taught, target.repeat(self.parts, 1, 1))
         self.learn_from(tokens[0], hidden, error.detach(), draw)
         total = sum(weight * term for weight, term in terms.values())
         return Loss(total, {name: term.detach() for name, (_, term) in terms.items()})
@@ -205,11 +214,6 @@ class MaskedAutoencoding(Objective):
         self.hiding.after_step(pos)
         if self.teacher:
             self.teacher.follow(self.mae, self.momentum(pos))
-
-    @property
-    def momentum(self) -> Schedule:
-        """The teacher's momentum as a function of pos."""
-        return self.watching.schedule()
 
 # %% ../nbs/10_objectives.ipynb #13258c43
 @dataclass
@@ -460,6 +464,18 @@ objectives: dict[str, Callable[..., MaskedAutoencoding]] = {
 }
 
 
-def make_objective(mae: MAE, objective: str, **settings) -> MaskedAutoencoding:
-    """The objective called `objective` around an MAE, with the settings of its block in params.yaml."""
-    return objectives[objective](mae, **settings)
+def with_epochs(settings: dict, epochs: int | None) -> dict:
+    """Settings in which the staircases of released code know the number of epochs, unless they say one."""
+    settings = dict(settings)
+    for key, word in (("curriculum", "name"), ("teacher", "momentum")):
+        if (settings.get(key) or {}).get(word) == "released":
+            settings[key] = {"epochs": epochs, **settings[key]}
+    return settings
+
+
+def make_objective(mae: MAE, objective: str, *, epochs: int | None = None, **settings) -> MaskedAutoencoding:
+    """The objective called `objective` around an MAE, with the settings of its block in params.yaml.
+
+    `epochs` is the length of the run, which only the released code's schedules ask for.
+    """
+    return objectives[objective](mae, **with_epochs(settings, epochs))

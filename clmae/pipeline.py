@@ -206,7 +206,7 @@ def check_build(config):
         try:
             with torch.device("meta"):
                 mae = build_mae(config.data.image_size, channels=config.data.channels, **dict(config.model))
-                make_objective(mae, **block)
+                make_objective(mae, **block, epochs=config.train.epochs)
         except (ValueError, UserError) as error:
             yield f"objectives.{name}: {error}"
 

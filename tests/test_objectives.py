@@ -11,6 +11,7 @@ from clmae.mae import build_mae
 from clmae.masker import attend, relaxations
 from clmae.masking import Draw
 from clmae.objectives import make_objective, objectives, view
+from clmae.patches import patchify
 
 everyone = pytest.mark.parametrize("name", sorted(objectives))
 SMALL = {"width": 32, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
@@ -59,7 +60,8 @@ def test_a_phase_moves_only_its_own_net(name, shape, b):
 def test_nets_share_no_parameter_and_cover_all(name):
     objective = make(name)
     ids = [id(p) for net in objective.nets.values() for p in net.parameters()]
-    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in objective.parameters()}
+    learning = {id(p) for p in objective.parameters() if p.requires_grad}  # a teacher's don't
+    assert len(ids) == len(set(ids)) and set(ids) == learning
 
 
 @everyone
@@ -78,7 +80,10 @@ def test_bfloat16_autocast_is_close(name):
 def test_a_view_shows_what_is_visible_as_it_is(name):
     objective = make(name, "wide")
     seen = view(objective, images_for(objective), 0.0, Draw(seed=(0,)))
-    assert seen.patches.isfinite().all() and seen.hidden.sum(1).tolist() == [6.0] * 4
+    assert seen.patches.isfinite().all() and seen.hidden.shape == seen.patches.shape[:2] == (4, 8)
+    assert set(seen.hidden.unique().tolist()) == {0.0, 1.0}
+    true = patchify(images_for(objective), objective.encoder.patch_size)
+    torch.testing.assert_close(seen.patches[seen.hidden == 0], true[seen.hidden == 0])
 
 
 @pytest.mark.parametrize("relaxation", sorted(relaxations))
@@ -147,3 +152,94 @@ def test_curricula_never_turn_back(name):
     factor = make_curriculum(name, **({"epochs": 7} if name == "released" else {}))
     values = [factor(i / 500) for i in range(501)]
     assert values == sorted(values, reverse=True) and values[0] == 1 and values[-1] == -1
+
+
+LEARNING = {
+    "rank": {"estimator": "rank", "amplitude": 4.0, "temperature": 1.0},
+    "pairs": {"estimator": {"name": "rank", "loss": "pairs"}, "temperature": {"start": 2.0, "end": 0.0}},
+    "company": {"estimator": "rank", "masker": {"depth": 1, "heads": 2, "head": "token", "reach": 2}},
+    "policy": {"estimator": "policy", "temperature": 1.0},
+    "soft": {"estimator": "soft", "share": {"start": 0.25, "end": 1.0}},
+    "narrow": {"estimator": "rank", "masker": {"width": 12, "depth": 2, "heads": 3, "head": "token"}},
+}
+
+
+@pytest.mark.parametrize("how", LEARNING)
+@pytest.mark.parametrize("name", ["cl_mae", "cl_rc_mae", "cl_emae", "cl_rc_emae"])
+@pytest.mark.parametrize("b", [1, 3])
+def test_every_way_to_learn_a_mask_in_every_mixture(how, name, b):
+    settings_ = {"masker": {"depth": 1, "heads": 2}, **LEARNING[how]}
+    if "emae" in name and settings_["masker"].get("reach"):
+        settings_["grouping"] = "deal"
+    torch.manual_seed(0)
+    objective = make_objective(build_mae(*SHAPES["wide"], **SMALL), name, **settings_)
+    images = images_for(objective, b)
+    for pos in (0.0, 0.5, 1.0):
+        for phase in objective.phases(0):
+            loss = objective.loss(phase, images, pos, Draw(seed=(0,)))
+            grads = torch.autograd.grad(loss.total, list(objective.nets[phase].parameters()), allow_unused=True)
+            assert all(g.isfinite().all() for g in grads if g is not None)
+        objective.after_step(pos)
+    mask = objective.choose(objective.mae.encoder.embed(images), 1.0, Draw(seed=(0,)))
+    visible = (1 - mask.hidden).unflatten(0, (objective.parts, b)).sum(0)
+    assert visible.max() == 1 and visible.sum() == b * (8 if objective.parts > 1 else 2)
+
+
+@pytest.mark.parametrize("name", ["cl_mae", "cl_rc_mae", "cl_emae", "cl_rc_emae"])
+@pytest.mark.parametrize("how", ["rank", "company", "policy"])
+def test_masks_of_micro_batches_are_those_of_the_batch(name, how):
+    settings_ = {"masker": {"depth": 1, "heads": 2}, **LEARNING[how], "share": 0.5}
+    if "emae" in name and settings_["masker"].get("reach"):
+        settings_["grouping"] = "deal"
+    torch.manual_seed(0)
+    objective = make_objective(build_mae(*SHAPES["square"], **SMALL), name, **settings_)
+    tokens = objective.mae.encoder.embed(images_for(objective, 6))
+    whole = objective.choose(tokens, 0.2, Draw(seed=(3,))).hidden.unflatten(0, (objective.parts, 6))
+    for start in (0, 2, 4):
+        draw = Draw(seed=(3,), start=start, total=6)
+        piece = objective.choose(tokens[start : start + 2], 0.2, draw).hidden
+        assert torch.equal(piece.unflatten(0, (objective.parts, 2)), whole[:, start : start + 2])
+
+
+@pytest.mark.parametrize("excess", [False, True])
+def test_excess_is_the_error_beyond_the_teachers(excess):
+    objective = make("cl_rc_mae", estimator="rank", excess=excess)
+    images = images_for(objective)
+    objective.loss("mae", images, 0.0, Draw(seed=(0,)))
+    (seen,) = objective.seen.values()
+    # the teacher is still the student: nothing exceeds its error
+    assert (seen.error.abs().max() < 1e-6) == excess
+
+
+def test_excess_without_a_teacher_is_refused():
+    with pytest.raises(ValueError, match="teacher"):
+        make("cl_mae", excess=True)
+
+
+@everyone
+def test_the_teacher_moves_after_a_step_and_by_the_momentum_of_its_place(name):
+    objective = make(name)
+    if not objective.teacher:
+        assert objective.encoder is objective.mae.encoder
+        return
+    assert objective.encoder is objective.teacher.encoder
+    before = objective.encoder.patch_embed.proj.weight.clone()
+    objective.loss("mae", images_for(objective), 0.5, Draw(seed=(0,))).total.backward()
+    with torch.no_grad():
+        objective.mae.encoder.patch_embed.proj.weight += 1
+    assert torch.equal(objective.encoder.patch_embed.proj.weight, before)  # a loss moves nothing
+    objective.after_step(0.5)
+    moved = objective.encoder.patch_embed.proj.weight - before
+    torch.testing.assert_close(moved, torch.full_like(moved, 1 - objective.momentum(0.5)), rtol=1e-3, atol=1e-6)
+
+
+def test_a_combination_needs_a_block_and_no_code():
+    settings_ = {"mask": {"name": "hard", "end": 0.75}, "parts": {"consistency": "l2"}, "teacher": {"mask": "different"}}
+    torch.manual_seed(0)
+    objective = make_objective(build_mae(*SHAPES["square"], **SMALL), "mae", **settings_)
+    images = images_for(objective)
+    for step in range(4):
+        loss = objective.loss("mae", images, step / 3, Draw(seed=(0, step)))
+        objective.after_step(step / 3)
+    assert loss.parts.keys() == {"reconstruction", "consistency", "teacher"} and loss.parts["consistency"] > 0
+    assert objective.state_dict()["hiding.difficulty"].abs().sum() > 0  # what hiding remembers is kept
