@@ -41,9 +41,12 @@ class Masker(nn.Module):
         super().__init__()
         if head not in ("cls", "token"):
             raise ValueError(f"masker: head is cls or token, not {head!r}")
-        if reach < 0 or (reach and parts > 1):
+        if reach and parts > 1:
+            raise ValueError("masker.reach: only with one wish a patch; set it to 0, or grouping: deal")
+        if not 0 <= 2 * reach < max(2, min(grid)):
+            most = (min(grid) - 1) // 2
             raise ValueError(
-                f"masker: reach >= 0, and only with one wish a patch (grouping: deal), not {reach}"
+                f"masker.reach: {reach} on a grid of {grid[0]} × {grid[1]} patches; at most {most}"
             )
         self.grid, self.parts, self.reads_cls, self.reach = grid, parts, head == "cls", reach
         n, width = grid[0] * grid[1], width or d
@@ -58,12 +61,11 @@ class Masker(nn.Module):
         self.apply(initialise)
 
     def near(self, seen: Tensor, backward: bool = False) -> Tensor:
-        """What the kernel makes of values (b, n) on the grid; `backward` looks from the other end."""
+        """What the kernel makes of values (b, n) on the grid, a torus; `backward` looks from the other end."""
         kernel = self.kernel * (1 - F.pad(seen.new_ones(1, 1, 1, 1), [self.reach] * 4))
         kernel = kernel.flip(2, 3) if backward else kernel
-        return F.conv2d(
-            seen.unflatten(1, (1, *self.grid)), kernel.to(seen.dtype), padding=self.reach
-        ).flatten(1)
+        around = F.pad(seen.unflatten(1, (1, *self.grid)), [self.reach] * 4, mode="circular")
+        return F.conv2d(around, kernel.to(seen.dtype)).flatten(1)
 
     def forward(self, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
         """Tokens (b, n, d) to logits (b, n), or (b, n, K) for K > 1 parts.
