@@ -2,8 +2,9 @@
 #   make PYTHON=python3.12 ...   another interpreter to build the environment from
 #   make VENV=/path/to/env ...   an environment you already have, used as it is
 #   make JOBS=8 test             more processes for the tests
+#   make ASK=--quick bench       options of bench/run.py
 .DEFAULT_GOAL := help
-.PHONY: help repro verify smoke test lab check record clean given
+.PHONY: help repro verify smoke test bench lab check record clean given
 .SUFFIXES:
 unexport PYTHONHOME PYTHONPATH IN_TEST
 
@@ -38,6 +39,9 @@ test: $(ENV) data ## the whole test suite: pytest, then every notebook from top 
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(HERE) nbdev_test --n_workers $(JOBS) --timing || status=1; \
 	exit $$status
 
+bench: build/bench-venv/.ready-$(KEY) ## time our training steps beside other libraries', into results/bench
+	@PATH="$(CURDIR)/build/bench-venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" build/bench-venv/bin/python -m bench.run $(ASK)
+
 lab: $(ENV) ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab nbs
 
@@ -59,16 +63,19 @@ given:
 	@"$(BIN)/python" -c 'from importlib.metadata import version as v; [v(p) for p in "clmae dvc papermill nbdev pytest ruff".split()]' 2>/dev/null \
 	|| { echo "clmae: VENV=$(VENV) lacks what the commands need; run: $(BIN)/python -m pip install -c requirements.lock -e '.[repro,dev]'" >&2; exit 1; }
 
-build/venv/.ready-$(KEY):
+build/venv/.ready-$(KEY): INSTALL := -e '.[repro,dev]'
+build/bench-venv/.ready-$(KEY): INSTALL := -e . -r bench/requirements.txt
+build/bench-venv/.ready-$(KEY): bench/requirements.txt
+build/venv/.ready-$(KEY) build/bench-venv/.ready-$(KEY):
 	@command -v "$(PYTHON)" >/dev/null \
 	|| { echo "clmae: $(PYTHON) not found; install Python $(MINIMUM) or newer (Debian/Ubuntu: sudo apt install python3 python3-venv)" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MINIMUM)".split("."))))' \
 	|| { echo "clmae: Python $(MINIMUM) or newer is needed, $(PYTHON) is $$("$(PYTHON)" -V 2>&1); name another one: make PYTHON=python$(MINIMUM)" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null \
 	|| { echo "clmae: $(PYTHON) cannot make environments; install the package python3-venv (Debian/Ubuntu: sudo apt install python$$("$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv)" >&2; exit 1; }
-	@echo "Making the environment in build/venv: once, some minutes, about 6 GB."
-	@"$(PYTHON)" -m venv --clear build/venv
+	@echo "Making the environment in $(@D): once, some minutes, about 6 GB."
+	@"$(PYTHON)" -m venv --clear $(@D)
 	@if [ -t 1 ]; then quiet=; else quiet=-q; fi; \
-	PYTHONWARNINGS=ignore build/venv/bin/python -m pip install $$quiet \
-		--disable-pip-version-check --no-input -c requirements.lock -e '.[repro,dev]'
+	PYTHONWARNINGS=ignore $(@D)/bin/python -m pip install $$quiet \
+		--disable-pip-version-check --no-input -c requirements.lock $(INSTALL)
 	@touch "$@"

@@ -116,6 +116,23 @@ def test_a_failed_installation_is_tried_again(clone):
         assert done.returncode != 0 and "Making the environment" in done.stdout
 
 
+def test_the_benchmark_has_an_environment_of_its_own(clone):
+    log, wants = clone / "asked", clone / "bench" / "requirements.txt"
+    plant = 'case "$*" in "-m venv"*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;; esac\n'
+    script(clone / "bin/python3", f'echo "$*" >> {str(log)!r}\n{plant}')
+    wants.parent.mkdir()
+    wants.write_text("another-library\n")
+    for _ in range(2):
+        done = make(clone, "bench", "ASK=--quick", path=clone / "bin")
+        assert done.returncode == 0, done.stderr
+    assert not (clone / "build/venv").exists()
+    assert log.read_text().count("-c requirements.lock -e . -r bench/requirements.txt") == 1
+    assert log.read_text().count("-m bench.run --quick") == 2
+    os.utime(wants, (2**32, 2**32))  # changed after the environment was made
+    assert make(clone, "bench", path=clone / "bin").returncode == 0
+    assert log.read_text().count("bench/requirements.txt") == 2
+
+
 def test_data_is_pulled_only_if_absent(clone):
     log = clone / "asked"
     script(clone / "env/bin/python", f'echo "$*" >> {str(log)!r}\n')

@@ -1,0 +1,145 @@
+"""The benchmark computes what it says and keeps what it measured; no time is asserted anywhere."""
+
+import json
+import math
+from dataclasses import replace
+from statistics import median
+
+import pytest
+import torch
+
+from bench import contestants, run
+from bench.contestants import Contestant, same_loss, same_size
+from clmae.config import read_params
+from clmae.files import find_root
+from clmae.losses import GAUSS_WEIGHT
+from clmae.masking import Draw
+from clmae.objectives import make_objective
+
+QUICK = replace(run.CASES["quick"], batch=3, rounds=1)
+PARAMS = read_params(find_root() / "params.yaml")
+RELEASED = PARAMS.objectives["cl_mae_released"]
+# the released KL is a sum over images in float32: the same in float64 is our mean, weighted by their number
+EXACT = RELEASED | {
+    "kl": "mean",
+    "weights": {"gauss": GAUSS_WEIGHT, "kl": 0.1 * QUICK.batch, "diversity": 2.0},
+}
+
+
+def absent(name: str) -> bool:
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        return True
+    return False
+
+
+@pytest.fixture
+def phases():
+    """Our released CL-MAE and the textbook's, of the same weights, in float64; images; a draw."""
+    objective = make_objective(QUICK.mae(), epochs=contestants.EPOCHS, **EXACT).double()
+    theirs = contestants.textbook_cl_mae(QUICK.mae()).double()
+    theirs.load_state_dict(objective.state_dict())
+    return objective, theirs, QUICK.images().double(), Draw(seed=(0,), total=QUICK.batch)
+
+
+def gradients(net) -> dict:
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@pytest.mark.parametrize("phase", ["mae", "masker"])
+def test_the_textbook_moves_what_ours_moves(phases, phase):
+    objective, theirs, images, draw = phases
+    net = objective.nets[phase]
+    objective.loss(phase, images, 0.25, draw).total.backward(inputs=list(net.parameters()))
+    if phase == "mae":
+        theirs.mae_phase(images).backward()
+    else:
+        theirs.masker_phase(images, objective.factor(0.25)).backward()
+    want, have = gradients(objective), gradients(theirs)
+    assert want and set(have) == set(want) and all(name.startswith(phase) for name in have)
+    for name, gradient in want.items():
+        assert (have[name] - gradient).norm() <= 1e-9 * gradient.norm(), name
+
+
+def test_losses_agree_where_the_same_is_computed():
+    found = contestants.check(QUICK, PARAMS)
+    assert {"MAE, textbook", "CL-MAE, textbook A", "CL-MAE, textbook B, diversity_loop"} <= set(found)
+    assert max(found.values()) <= contestants.TOLERANCE
+
+
+@pytest.mark.skipif(absent("transformers") or absent("lightly"), reason="needs transformers and lightly")
+def test_other_libraries_compute_the_same_with_as_many_parameters():
+    found = contestants.check(QUICK, PARAMS)
+    assert found["MAE, Hugging Face"] <= 1e-5 and found["MAE, lightly"] <= 1e-5
+    mae = QUICK.mae()
+    for build in contestants.libraries().values():
+        assert contestants.trainable(build(mae)) == contestants.trainable(mae)
+
+
+def test_another_loss_is_refused(monkeypatch):
+    def wrong(mae):
+        net = contestants.textbook_mae(mae)
+        with torch.no_grad():
+            net.decoder.head.bias += 0.01
+        return net
+
+    monkeypatch.setattr(contestants, "libraries", lambda: {"MAE, other": wrong})
+    with pytest.raises(ValueError, match="MAE, other: loss"):
+        contestants.check(QUICK, PARAMS)
+    with pytest.raises(ValueError, match="nan"):
+        same_loss("x", torch.tensor(math.nan), torch.tensor(1.0))
+
+
+def test_another_size_is_refused():
+    sizes = {"MAE, ours": 10, "MAE, other": 11, "CL-MAE, ours faithful": 20, "CL-MAE, ours": 5}
+    found = [Contestant(name, "32", size, {}) for name, size in sizes.items()]
+    with pytest.raises(ValueError, match="MAE, other has 11 parameters, MAE, ours has 10"):
+        same_size(found)
+    same_size([c for c in found if c.name != "MAE, other"])
+
+
+def test_rounds_are_interleaved_and_cycles_are_whole():
+    seen = []
+    found = [
+        Contestant(
+            name, "32", 1, {p: lambda step, n=name, p=p: seen.append((n, p, step)) for p in own}, cycle
+        )
+        for name, own, cycle in (("a", "x", 1), ("b", "xy", 1), ("c", "x", 3))
+    ]
+    samples = run.measure(found, 2, "cpu")
+    assert [[set(s) for s in each] for each in samples] == [[{"x"}] * 2, [{"x", "y"}] * 2, [{"x"}] * 2]
+    a, b, c = [("a", "x", 0)], [("b", "x", 0), ("b", "y", 0)], [("c", "x", step) for step in range(3)]
+    assert seen == c + a + b + a + b + c + b + c + a  # warm-up and two rounds, each with another first
+
+
+def test_ratios_are_medians_of_each_rounds_own():
+    known = {
+        (run.HF, "32"): [2.0, 30.0, 8.0],
+        (run.MAE, "32"): [1.0, 10.0, 2.0],
+        (run.MAE, "bf16"): [1.0, 1.0, 1.0],
+    }
+    first, across = run.ratios(known, ("32", "bf16"))
+    assert (first["median"], first["low"], first["high"]) == (3.0, 2.0, 4.0)
+    assert (across["of_precision"], across["to_precision"], across["median"]) == ("32", "bf16", 8.0)
+
+
+def test_a_quick_run_prints_a_table_and_leaves_records_and_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        contestants, "libraries", dict
+    )  # theirs take seconds to import and have their own test
+    assert run.main(["--quick", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "quick.json").read_text())
+    rows = {(row["contestant"], row["precision"]): row for row in record["rows"]}
+    names = [run.MAE, run.PLAIN, run.TEXT, run.SHORT, run.FAITHFUL, run.DEFAULT]
+    assert set(rows) == {(name, precision) for name in names for precision in run.PRECISIONS}
+    for row in rows.values():
+        ms = row["milliseconds"]
+        assert len(row["samples"]) == 2 and min(row["samples"]) > 0
+        assert ms["median"] == pytest.approx(median(row["samples"]), abs=0.02)
+        assert (ms["low"], ms["high"]) == (min(row["samples"]), max(row["samples"]))
+    assert set(rows[run.TEXT, "32"]["phases"]) == {"A", "B"}
+    assert record["machine"]["threads"] == torch.get_num_threads() and record["versions"]["torch"]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+    assert {path.name for path in tmp_path.iterdir()} == {"quick.json", "speed.png", "speed.svg"}
