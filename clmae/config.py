@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Whole', 'Share', 'Positive', 'Size', 'Beta', 'Betas', 'Area', 'Shape', 'Precision', 'SIZE', 'RANGE', 'Name', 'BLOCKS',
-           'WORDS', 'SIGNS', 'SECTIONS', 'CHECKS', 'UserError', 'ConfigError', 'nearest', 'unknown', 'as_yaml', 'shown',
-           'yaml_problem', 'read_yaml', 'Section', 'key', 'square', 'as_tuple', 'ascending', 'Data', 'Model', 'Train',
-           'Film', 'Evaluate', 'Config', 'bounds', 'in_words', 'expected', 'field_at', 'unknown_key', 'line',
-           'check_patches', 'check_heads', 'check_accumulate', 'check_runs', 'check_blocks', 'parse', 'read_params',
-           'rows', 'table']
+           'WORDS', 'SIGNS', 'SECTIONS', 'CHECKS', 'UserError', 'ConfigError', 'Stopped', 'nearest', 'unknown',
+           'as_yaml', 'shown', 'yaml_problem', 'read_yaml', 'Section', 'key', 'square', 'as_tuple', 'ascending', 'Data',
+           'Model', 'Train', 'Film', 'Evaluate', 'Config', 'bounds', 'in_words', 'expected', 'field_at', 'unknown_key',
+           'line', 'check_patches', 'check_heads', 'check_accumulate', 'check_runs', 'check_blocks', 'parse',
+           'read_params', 'rows', 'table']
 
 # %% ../nbs/00_config.ipynb #5d6406c6
 import difflib
@@ -38,6 +38,10 @@ class ConfigError(UserError):
         first, *others = dict.fromkeys(p.split(":")[0] for p in problems)
         where = f"{path}: " if path else ""
         super().__init__(where + problems[0] + (f" (also wrong: {', '.join(others)})" if others else ""))
+
+
+class Stopped(UserError):
+    """No mistake: the run was asked to stop, has saved its work and says how to continue."""
 
 # %% ../nbs/00_config.ipynb #bb7af557
 def nearest(name, options) -> str:
@@ -202,6 +206,13 @@ class Train(Section):
     threads: int = key(2, "CPU threads; the last digits of every result depend on it", "threads", ge=1)
     monitor_epochs: int = key(5, "validation kNN every so many epochs; 0: never", "epochs", ge=0)
     resident: Literal["auto", "always", "never"] = key("auto", "keep the prepared images on the device")
+    checkpoint_minutes: float | None = key(
+        10.0, "a checkpoint every so many minutes, besides one per epoch; null: none between", "minutes", gt=0
+    )
+    keep_checkpoints: int = key(2, "newest checkpoints that are kept; a damaged one is passed over", ge=1)
+    nonfinite: Literal["stop", "skip"] = key(
+        "stop", "a loss or gradient that is no number stops the run, or its step is skipped (a few per epoch)"
+    )
 
 # %% ../nbs/00_config.ipynb #f01a387e
 class Film(Section):

@@ -9,7 +9,7 @@ import pytest
 
 from clmae import pipeline, runs
 from clmae.__main__ import main, parser
-from clmae.config import UserError, read_yaml
+from clmae.config import Stopped, UserError, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = (ROOT / "params.yaml").read_text()
@@ -35,7 +35,7 @@ def test_help_names_every_command_and_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
     text = parser().format_help()
-    for command in "validate prepare pretrain evaluate baselines figures stage readme verify".split():
+    for command in "validate prepare pretrain plan evaluate baselines figures stage readme verify".split():
         assert f"\n    {command}" in text
 
 
@@ -107,6 +107,17 @@ def test_interrupt_says_how_to_go_on(here, capsys, monkeypatch, command, again):
     monkeypatch.setattr(runs, "pretrain_run", interrupted)
     code, _, err = said(capsys, *command.split())
     assert code == 130 and err.strip() == f"clmae: interrupted; {again} continues from the last checkpoint"
+
+
+def test_asked_to_stop_is_no_failure(here, capsys, monkeypatch):
+    line = "stopped by SIGTERM after step 3 of 9, which is saved; run the same to go on"
+
+    def stopped(**_):
+        raise Stopped(line)
+
+    monkeypatch.setattr(runs, "pretrain_run", stopped)
+    code, _, err = said(capsys, "pretrain")
+    assert code == 0 and err.strip() == f"clmae: {line}"
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(here, monkeypatch):

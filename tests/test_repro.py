@@ -81,12 +81,8 @@ def repro(top: Path, *targets: str) -> tuple[int, str]:
 
 def steps_saved(top: Path) -> int:
     """The step of the checkpoint in build/work; 0 if there is none."""
-    for path in (top / "build/work").glob(f"{NAME}-*/checkpoint.json"):
-        try:
-            return read_json(path)["step"]
-        except UserError:  # the run has just ended and taken its folder away
-            return 0
-    return 0
+    found = (top / "build/work").glob(f"{NAME}-*/step-*.json")
+    return max((int(path.stem.removeprefix("step-")) for path in found), default=0)
 
 
 def wait_for(process: subprocess.Popen, condition):

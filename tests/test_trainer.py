@@ -1,14 +1,21 @@
 """The loop: resumed anywhere it ends the same, a loss that is no number stops it, slices are the batch."""
 
+import os
+import pickle
+import resource
+import signal
+
 import pytest
 import torch
 
-from clmae.config import UserError
+from clmae import files
+from clmae.config import Stopped, UserError
 from clmae.mae import build_mae, fill, load
 from clmae.objectives import Loss, make_objective, objectives
-from clmae.trainer import fit, make_fabric
+from clmae.trainer import fit, make_fabric, replay_step
 
 everyone = pytest.mark.parametrize("name", sorted(objectives))
+some = pytest.mark.parametrize("name", ["cl_mae", "rc_mae"])  # two nets, and a teacher
 
 
 class Noise:
@@ -23,6 +30,15 @@ class Noise:
     def rows(self, step, start, stop):
         first = (step % self.steps_per_epoch) * self.batch_size
         return self.images[first + start : first + stop]
+
+
+class Long(Noise):
+    """The same, called one epoch."""
+
+    steps_per_epoch = 20
+
+    def rows(self, step, start, stop):
+        return super().rows(step % 4, start, stop)
 
 
 def make(name, seed=0, width=32):
@@ -46,10 +62,145 @@ def test_interrupted_anywhere_it_ends_the_same(name, at, tmp_path):
     history = fit(peaceful, Noise(), steps=12, rate=3e-3)
     with pytest.raises(KeyboardInterrupt):
         fit(broken, Noise(), steps=12, rate=3e-3, folder=tmp_path, at={at: stop})
-    if at < 4:  # nothing saved yet: the run starts anew, from its own start
-        again = make(name)
     assert fit(again, Noise(), steps=12, rate=3e-3, folder=tmp_path) == history
     assert torch.equal(weights(again), weights(peaceful))
+
+
+@some
+@pytest.mark.parametrize("at", [2, 7])
+def test_stopped_by_a_signal_it_ends_the_same(name, at, tmp_path):
+    def ask(objective):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    peaceful, again = make(name), make(name, seed=5)
+    history = fit(peaceful, Noise(), steps=12, rate=3e-3)
+    with pytest.raises(Stopped, match=rf"^stopped by SIGUSR1 after step {at + 1} of 12, .*run the same"):
+        fit(make(name), Noise(), steps=12, rate=3e-3, folder=tmp_path, at={at: ask})
+    assert (tmp_path / f"step-{at + 1}.json").exists()  # within the step
+    assert fit(again, Noise(), steps=12, rate=3e-3, folder=tmp_path) == history
+    assert torch.equal(weights(again), weights(peaceful))
+
+
+@some
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_a_damaged_checkpoint_is_passed_over(name, suffix, tmp_path, capsys):
+    peaceful, again = make(name), make(name, seed=5)
+    history = fit(peaceful, Noise(), steps=12, rate=3e-3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(make(name), Noise(), steps=12, rate=3e-3, folder=tmp_path, at={7: stop}, minutes=1e-9)
+    newest = tmp_path / f"step-7{suffix}"
+    newest.write_bytes(newest.read_bytes()[:-20])
+    assert fit(again, Noise(), steps=12, rate=3e-3, folder=tmp_path) == history
+    assert torch.equal(weights(again), weights(peaceful))
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("clmae: warning: damaged checkpoint put aside") and "from step 6" in line
+    assert (tmp_path / f"step-7{suffix}.damaged").exists()
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_among_the_checkpoints_does_not_run(tmp_path):
+    work, boom = tmp_path / "work", tmp_path / "boom"
+    history = fit(make("mae"), Noise(), steps=8, rate=3e-3, folder=work)
+    for bomb in (pickle.dumps(Bomb(str(boom))), pickle.dumps(Bomb(str(boom)), protocol=0)):
+        for path in work.glob("step-*"):
+            path.write_bytes(bomb)
+        newest = work / "step-8.safetensors"  # one whose hash is right
+        files.write_json(work / "step-8.json", {"step": 8, "history": [], "sha256": files.sha256(newest)})
+        with pytest.raises(UserError, match="not a valid safetensors file"):
+            files.read_tensors(newest)
+        assert fit(make("mae"), Noise(), steps=8, rate=3e-3, folder=work) == history
+        assert not boom.exists()
+    with pytest.raises(FileNotFoundError):
+        boom.rmdir()
+    pickle.loads(bomb)
+    assert boom.exists()  # it would have gone off
+
+
+def test_a_file_that_may_not_grow_leaves_the_last_checkpoint(tmp_path):
+    whole = fit(make("mae"), Noise(), steps=12, rate=3e-3)
+
+    def shrink(objective):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(UserError, match=r"step-8\S*: cannot be written: file too large") as error:
+            fit(make("mae"), Noise(), steps=12, rate=3e-3, folder=tmp_path, at={5: shrink})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert "\n" not in str(error.value)
+    assert {p.stem for p in tmp_path.iterdir()} == {"step-0", "step-4"}
+    assert fit(make("mae", seed=5), Noise(), steps=12, rate=3e-3, folder=tmp_path) == whole
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried", "DefaultCPUAllocator: can't allocate memory"])
+def test_a_full_memory_says_how_to_keep_the_batch(said, tmp_path):
+    def full(*_):
+        raise RuntimeError(said)
+
+    objective = make("mae")
+    objective.loss = full
+    with pytest.raises(
+        UserError, match=r"out of memory with 6 images in it .*train.accumulate: 4 puts 3 there"
+    ):
+        fit(objective, Noise(), steps=4, rate=1e-3, accumulate=2)
+
+
+def sick_from(objective, *steps):
+    """The objective with a gradient that is not finite, under a finite loss, at these steps."""
+    sound = objective.loss
+
+    def loss(phase, images, pos, draw):
+        found = sound(phase, images, pos, draw)
+        zero = found.total * 0
+        return Loss(found.total + (zero.sqrt() if draw.seed[1] in steps else 0), found.parts)
+
+    objective.loss = loss
+    return objective
+
+
+@some
+@pytest.mark.parametrize("bad", [5, 7])
+def test_a_gradient_that_is_no_number_is_found_and_replayed(name, bad, tmp_path):
+    with pytest.raises(UserError, match=rf"weights and batch of step {bad}: clmae.runs.replay") as error:
+        fit(sick_from(make(name), bad), Noise(), steps=12, rate=1e-3, folder=tmp_path)
+    assert "\n" not in str(error.value)
+    again = sick_from(make(name, seed=3), bad)
+    finding = replay_step(tmp_path / "incident", again)
+    assert finding.direction == "backward, SqrtBackward0" and "zero.sqrt()" in finding.where
+    clean, kept = make(name), {}
+    keep = {bad: lambda objective: kept.update({k: v.clone() for k, v in objective.state_dict().items()})}
+    fit(clean, Noise(), steps=12, rate=1e-3, at=keep)
+    there = files.read_tensors(tmp_path / "incident" / f"step-{bad}.safetensors")
+    assert all((there[f"objective.{name}"] == value.numpy()).all() for name, value in kept.items())
+
+
+@everyone
+def test_skipped_steps_leave_no_trace(name):
+    objective, still = sick_from(make(name), 5), {}
+
+    def look(step):
+        return lambda o: still.update({step: {k: v.clone() for k, v in o.state_dict().items()}})
+
+    keep = {5: look(5), 6: look(6)}
+    history = fit(objective, Noise(), steps=12, rate=1e-3, nonfinite="skip", at=keep)
+    students = [k for k in still[5] if not k.startswith("teacher")]  # a teacher goes on following
+    assert all(torch.equal(still[5][k], still[6][k]) for k in students)
+    assert [line["loss.mae.skipped"] for line in history] == [0, 0.25, 0]
+    calm = fit(make(name), Noise(), steps=12, rate=1e-3, nonfinite="skip")
+    plain = fit(make(name), Noise(), steps=12, rate=1e-3)
+    assert [{k: v for k, v in line.items() if not k.endswith(".skipped")} for line in calm] == plain
+    with pytest.raises(UserError, match="17 steps of this epoch were skipped by step 19, more than 10"):
+        fit(sick_from(make(name), *range(3, 40)), Long(), steps=20, rate=1e-3, nonfinite="skip")
 
 
 @everyone
@@ -59,7 +210,8 @@ def test_a_finished_run_is_not_trained_again(name, tmp_path):
     before = weights(objective)
     assert fit(objective, Noise(), steps=8, rate=3e-3, folder=tmp_path) == history
     assert torch.equal(weights(objective), before)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.json", "step-8.safetensors"]
+    kept = [f"step-{step}.{kind}" for step in (4, 8) for kind in ("json", "safetensors")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
 
 
 def test_micro_batches_are_the_batch():
