@@ -4,7 +4,7 @@
 #   make JOBS=8 test             more processes for the tests
 #   make ASK=--quick bench       options of bench/run.py
 .DEFAULT_GOAL := help
-.PHONY: help repro verify smoke test bench lab check record clean given
+.PHONY: help repro verify smoke test test-long bench lab check record clean given
 .SUFFIXES:
 unexport PYTHONHOME PYTHONPATH IN_TEST
 
@@ -21,7 +21,7 @@ KEY := $(shell { cat settings.ini requirements.lock; pwd; } | cksum | cut -d ' '
 ENV := $(if $(filter build/venv,$(VENV)),$(VENV)/.ready-$(KEY),given)
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 repro: $(ENV) data ## rebuild every number and figure: images, pretraining, evaluation, figures
 	@$(RUN) -m dvc repro
@@ -38,6 +38,9 @@ test: $(ENV) data ## the whole test suite: pytest, then every notebook from top 
 	echo "Every notebook, from top to bottom:"; \
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(HERE) nbdev_test --n_workers $(JOBS) --timing || status=1; \
 	exit $$status
+
+test-long: $(ENV) ## the tests that kill a run at many random moments
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m long
 
 bench: build/bench-venv/.ready-$(KEY) ## time our training steps beside other libraries', into results/bench
 	@PATH="$(CURDIR)/build/bench-venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" build/bench-venv/bin/python -m bench.run $(ASK)
