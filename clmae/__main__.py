@@ -17,25 +17,9 @@ EXAMPLES = """examples:
   python -m clmae pretrain --run mae --seed 0 one run; without options: every run with every seed
   python -m clmae plan --preset huge --gpus 64 --images 1.28M --epochs 800
                                               memory, steps, hours, learning rate: a prediction
-  python -m clmae plan --preset huge --gpus 64 --images 1.28M --epochs 800
-                                              memory, steps, hours, learning rate: a prediction
   python -m clmae evaluate && python -m clmae baselines && python -m clmae figures
   dvc repro                                   all of it, only what changed, into results/
 """
-
-
-PLANNED = [
-    ("preset", "base", "size of the model: tiny, small, base, large, huge; default: %(default)s"),
-    ("image-size", "224", "pixels of a side; default: %(default)s"),
-    ("patch-size", "", "pixels of a side; default: 14 for huge, else 16"),
-    ("images", "1281167", "of the training set, as 50000, 50k or 1.28M; default: ImageNet's %(default)s"),
-    ("epochs", "800", "default: %(default)s"),
-    ("batch", "4096", "images of a step, on all devices together; default: %(default)s"),
-    ("gpus", "8", "number of devices; default: %(default)s"),
-    ("device", "h100", "a100, h100, h200, rtx4090, tpu-v3-core; default: %(default)s"),
-    ("efficiency", 0.4, "share of the peak that training reaches, an assumption; default: %(default)s"),
-    ("base-lr", 1.5e-4, "learning rate for 256 images a step; default: %(default)s"),
-]
 
 
 PLANNED = [
@@ -142,21 +126,6 @@ def plan(args):
     print(cost.describe(cost.plan(**sizes, **rates, **given, objective=blocks.get(args.run))))
 
 
-def plan(args):
-    from clmae import cost
-    from clmae.config import unknown
-
-    blocks = {} if args.run is None else valid(args).objectives
-    if args.run is not None and args.run not in blocks:
-        raise unknown("run", args.run, blocks, key="--run")
-    sizes = {key: getattr(args, key) for key in ("preset", "images", "epochs", "batch", "gpus", "device")}
-    sizes |= {"image_size": cost.read_count(args.image_size, "--image-size")}
-    sizes |= {"patch_size": args.patch_size and cost.read_count(args.patch_size, "--patch-size")}
-    rates = {"efficiency": args.efficiency, "precision": args.precision, "base_lr": args.base_lr}
-    given = {"peak_flops": args.peak and args.peak * 1e12, "room": args.memory and args.memory * 1e9}
-    print(cost.describe(cost.plan(**sizes, **rates, **given, objective=blocks.get(args.run))))
-
-
 def complain(error, code):
     """Say what went wrong; returns the exit code."""
     if getattr(error, "story", ""):
@@ -215,13 +184,6 @@ def parser():
     add(evaluate, "kNN and linear probe on the frozen features of pretrained encoders", pair=True)
     add(baselines, "the same probes on a random encoder, pixels and PCA")
     add(figures, "draw every figure from results/ and write results/metrics.json")
-    command = add(plan, "what pretraining would take: memory, steps, hours, learning rate; a prediction")
-    command.add_argument("--run", metavar="NAME", help="a block under objectives; default: plain MAE")
-    for key, default, text in PLANNED:
-        command.add_argument(f"--{key}", default=default, type=type(default), metavar="N", help=text)
-    command.add_argument("--peak", type=float, metavar="T", help="TFLOP/s of a device, not the data sheet's")
-    command.add_argument("--memory", type=float, metavar="GB", help="of a device, not the data sheet's")
-    command.add_argument("--precision", choices=["32", "bf16"], default="bf16", help="default: %(default)s")
     command = add(plan, "what pretraining would take: memory, steps, hours, learning rate; a prediction")
     command.add_argument("--run", metavar="NAME", help="a block under objectives; default: plain MAE")
     for key, default, text in PLANNED:
