@@ -359,12 +359,13 @@ def recipe_of(
     images = {"mean": list(store.mean), "std": list(store.std)}
     epochs = -(-steps // batches.steps_per_epoch)
     return {
-        "objective": objective, "seed": seed, "epochs": epochs, "precision": train.precision, **sections, **images
+        "objective": objective, "seed": seed, "epochs": epochs, "precision": train.precision,
+        **sections, **images,
     }  # fmt: skip
 
 
 def replay(folder: str | Path, device: str = "cpu") -> Finding | None:
-    """Take the step of an incident again: the first operation that failed, None if all went well this time."""
+    """Take the step of an incident again: the first operation that failed, None if all went well."""
     told = read_json(Path(folder) / "incident.json")["recipe"]
     data, model = Data(**told["data"]), Model(**told["model"])
     images = Store(np.zeros((0, data.channels, *data.image_size)), [], [], told["mean"], told["std"])
@@ -399,8 +400,8 @@ def pretrain_run(
         patients = Reader(thinned(val_store, HEALTH_IMAGES), evaluate.batch_size, fabric.device)
         health = HealthMonitor(patients, seed=seed, folder=work)
         history = train_it(
-            trained, batches, spent, work, train=train, seed=seed, fabric=fabric, monitor=monitor, health=health,
-            recorder=recorder, report=report, say=say or speaker(),
+            trained, batches, spent, work, train=train, seed=seed, fabric=fabric, monitor=monitor,
+            health=health, recorder=recorder, report=report, say=say or speaker(),
             recipe=recipe_of(objective, data, model, train, seed, train_store, len(spent), batches),
         )  # fmt: skip
         record = summary(run, seed, trained, batches, history)
@@ -449,8 +450,8 @@ def evaluate_run(
     labels = {"classes": train_store.classes, **probes(evaluate)}
     scores = evaluate_features(x, train_store.labels, test_x, test_store.labels, **labels)
     agreement = consistency(
-        mae, Reader(thinned(test_store, CONSISTENCY_IMAGES), evaluate.batch_size, device), norm_pix=record["norm_pix"],
-        ratio=record["mask_ratio"], bootstrap=evaluate.bootstrap, seed=evaluate.seed,
+        mae, Reader(thinned(test_store, CONSISTENCY_IMAGES), evaluate.batch_size, device),
+        norm_pix=record["norm_pix"], ratio=record["mask_ratio"], bootstrap=evaluate.bootstrap, seed=evaluate.seed,
     )  # fmt: skip
     result = {"run": run, "seed": seed, "width": encoder.width, **scores}
     if "value" in agreement:
