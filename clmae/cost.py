@@ -8,7 +8,7 @@ __all__ = ['BYTES', 'PASSES', 'SCORE_TERMS', 'BALANCE', 'RESERVE', 'devices', 'S
            'embed_cost', 'encode_cost', 'decode_cost', 'judge_cost', 'near_cost', 'choose_cost', 'visible',
            'teacher_cost', 'mae_cost', 'unmoved', 'second_pass_cost', 'masker_cost', 'remembered', 'phase_costs',
            'step_flops', 'measure', 'size_parameters', 'mae_parameters', 'masker_parameters', 'parameters', 'widest',
-           'kept_bytes', 'memory', 'passes', 'Device', 'read_count', 'positive', 'imagine', 'device_of', 'shared',
+           'kept_bytes', 'memory', 'passes', 'Device', 'read_count', 'positive', 'device_of', 'imagine', 'shared',
            'spent', 'limit_of', 'fitted', 'plan', 'describe']
 
 # %% ../nbs/16_cost.ipynb #5d6406c6
@@ -337,7 +337,7 @@ def kept_bytes(objective: MaskedAutoencoding, images: int, precision: str, fused
     costs = [phase_costs(objective, images, pos, fused) for pos in (0.0, 1.0)]
     return max(cost.kept(precision) for phases in costs for cost in phases.values())
 
-
+# %% ../nbs/16_cost.ipynb #82395562
 def memory(
     objective: MaskedAutoencoding,
     batch: int,
@@ -413,6 +413,18 @@ def positive(value: float | None, key: str, most: float = float("inf")) -> None:
         limit = "" if most == float("inf") else f" and at most {most:g}"
         raise UserError(f"{key}: expected a number above 0{limit}, not {value}")
 
+# %% ../nbs/16_cost.ipynb #38c27a81
+def device_of(
+    name: str, peak_flops: float | None = None, room: float | None = None, precision: str = "bf16"
+) -> Device:
+    """The device called `name`, with a given peak or memory instead of the data sheet's."""
+    positive(peak_flops, "--peak"), positive(room, "--memory")
+    if name not in devices:
+        raise unknown("device", name, devices, key="--device")
+    if peak_flops is None and precision != "bf16":
+        raise UserError(f"--peak: data sheets are for bf16; give the peak at {precision} bits, in TFLOP/s")
+    return Device(peak_flops or devices[name].peak, room or devices[name].memory)
+
 # %% ../nbs/16_cost.ipynb #084cf801
 def imagine(
     preset: str, image_size, patch_size, channels: int, objective: dict | None, epochs: int
@@ -426,18 +438,6 @@ def imagine(
             return make_objective(mae, **(objective or {"objective": "mae"}), epochs=epochs)
     except ValueError as error:
         raise UserError(f"no such model: {error}") from error
-
-
-def device_of(
-    name: str, peak_flops: float | None = None, room: float | None = None, precision: str = "bf16"
-) -> Device:
-    """The device called `name`, with a given peak or memory instead of the data sheet's."""
-    positive(peak_flops, "--peak"), positive(room, "--memory")
-    if name not in devices:
-        raise unknown("device", name, devices, key="--device")
-    if peak_flops is None and precision != "bf16":
-        raise UserError(f"--peak: data sheets are for bf16; give the peak at {precision} bits, in TFLOP/s")
-    return Device(peak_flops or devices[name].peak, room or devices[name].memory)
 
 
 def shared(batch: int, gpus: int) -> int:
@@ -482,23 +482,11 @@ COUNTS, PATCHES = ("--images", "--epochs", "--batch", "--gpus"), {"huge": 14}
 
 
 def plan(
-    preset: str = "base",
-    image_size: int | tuple[int, int] = 224,
-    patch_size: int | tuple[int, int] | None = None,
-    images: int | str = 1_281_167,
-    epochs: int | str = 800,
-    batch: int | str = 4096,
-    gpus: int | str = 8,
-    *,
-    device: str = "h100",
-    peak_flops: float | None = None,
-    room: float | None = None,
-    efficiency: float = 0.4,
-    precision: str = "bf16",
-    base_lr: float = 1.5e-4,
-    channels: int = 3,
-    objective: dict | None = None,
-) -> dict:
+    preset: str = "base", image_size=224, patch_size=None, images: int | str = 1_281_167,
+    epochs: int | str = 800, batch: int | str = 4096, gpus: int | str = 8, *,
+    device: str = "h100", peak_flops: float | None = None, room: float | None = None, efficiency: float = 0.4,
+    precision: str = "bf16", base_lr: float = 1.5e-4, channels: int = 3, objective: dict | None = None,
+) -> dict:  # fmt: skip
     """What pretraining would take, by name, from shapes and a share of the peak: a prediction.
 
     `batch` is global, `room` bytes, `objective` a block as in params.yaml; patches are of 14 px for huge,
