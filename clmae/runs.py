@@ -451,7 +451,8 @@ def evaluate_run(
     scores = evaluate_features(x, train_store.labels, test_x, test_store.labels, **labels)
     agreement = consistency(
         mae, Reader(thinned(test_store, CONSISTENCY_IMAGES), evaluate.batch_size, device),
-        norm_pix=record["norm_pix"], ratio=record["mask_ratio"], bootstrap=evaluate.bootstrap, seed=evaluate.seed,
+        norm_pix=record["norm_pix"], ratio=record["mask_ratio"],
+        bootstrap=evaluate.bootstrap, seed=evaluate.seed,
     )  # fmt: skip
     result = {"run": run, "seed": seed, "width": encoder.width, **scores}
     if "value" in agreement:
