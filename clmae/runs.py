@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 
@@ -55,13 +56,16 @@ def phase_flops(
     The mean over the beginning, the middle and the end of training: masks may grow.
     """
     count, places = min(count, batch), (0.0, 0.5, 1.0)
-    images, costs = torch.zeros(count, channels, *image_size), {}
-    for phase in objective.phases(0):
-        with FlopCounterMode(display=False) as counter:
-            for pos in places:
+    images, counted = torch.zeros(count, channels, *image_size), Counter()
+    for pos in places:
+        for phase in objective.phases(
+            0
+        ):  # in their order: a later phase may reuse what an earlier one has seen
+            with FlopCounterMode(display=False) as counter:
                 total = objective.loss(phase, images, pos, Draw(seed=(0,))).total
                 torch.autograd.grad(total, list(objective.nets[phase].parameters()), allow_unused=True)
-        costs[phase] = counter.get_total_flops() * batch // (count * len(places))
+            counted[phase] += counter.get_total_flops()
+    costs = {phase: flops * batch // (count * len(places)) for phase, flops in counted.items()}
     objective.monitor()  # forget what it watched here
     return costs
 
