@@ -1,4 +1,4 @@
-"""Record the gap of finished runs beside the results: python .ci/gaps.py SET NAME=FOLDER/build/runs/RUN-SEED …
+"""Record the gap of finished runs: python .ci/gaps.py SET NAME=FOLDER/build/runs/RUN-SEED …
 
 Writes results/recorded/gaps/SET.json with what each run's history says of its masks, the block of parameters
 that made it, the machine and the versions. `nbs/12_health.ipynb` draws them.
@@ -46,7 +46,8 @@ def main(name: str, *runs: str) -> int:
     write_json(out, {"machine": machine(), "versions": versions(), "runs": found})
     for label, run in found.items():
         verdicts = sorted({line["health.verdict"] for line in run["history"]})
-        print(f"{label}: first quarter {run['first_quarter']:.3f}, last {run['last_quarter']:.3f}; {verdicts}")
+        first, last = run["first_quarter"], run["last_quarter"]
+        print(f"{label}: first quarter {first:.3f}, last {last:.3f}; {', '.join(verdicts)}")
     return 0
 
 

@@ -56,7 +56,10 @@ def released_factor(epoch: int, epochs: int) -> float:
 
 
 def released(*, epochs: int | None = None) -> Schedule:
-    """The released code's staircase: one value an epoch, jumping over 0 in the middle. ValueError without epochs."""
+    """The released code's staircase: one value an epoch, jumping over 0 in the middle.
+
+    ValueError without epochs.
+    """
     if not epochs:
         raise ValueError("curriculum released: needs the number of epochs")
     return lambda pos: released_factor(min(int(pos * epochs), epochs - 1), epochs)

@@ -30,7 +30,7 @@ from .masker import balance, standard
 class Seen(NamedTuple):
     """What the MAE's phase saw of a batch of b images in K parts (1: as usual), all without gradient.
 
-    tokens: (b, n, d) · hidden: (K·b, n) · error: (K·b, n), the error of each patch, or what else is to be chased.
+    tokens: (b, n, d) · hidden: (K·b, n) · error: (K·b, n), the error of each patch, or what else is chased.
     """
 
     tokens: Tensor
@@ -102,8 +102,9 @@ def as_logits(logits: Tensor) -> Tensor:
 class Estimator:
     """What an objective asks of any estimator.
 
-    `learns`: whether there is a masker's phase at all. `replays`: whether `loss(logits, factor, seen)` learns from what the
-    MAE's phase has `Seen`, or `loss(logits, factor, predict, target)` from a second, soft pass.
+    `learns`: whether there is a masker's phase at all.
+    `replays`: whether `loss(logits, factor, seen)` learns from what the MAE's phase has `Seen`, or
+    `loss(logits, factor, predict, target)` from a second, soft pass.
     """
 
     learns = True

@@ -121,7 +121,7 @@ def consistency(
 
 # %% ../nbs/09_losses.ipynb #8fe015fd
 def standardised(error: Tensor, hidden: Tensor) -> Tensor:
-    """Errors (b, n) minus their mean over the hidden patches of an image, over their spread; 0 where visible."""
+    """Errors (b, n) of hidden patches minus their mean in the image, over their spread; 0 where visible."""
     count = hidden.sum(1, keepdim=True)
     away = (error - (error * hidden).sum(1, keepdim=True) / count) * hidden
     return away / (away.square().sum(1, keepdim=True) / count).sqrt().clamp_min(1e-6)

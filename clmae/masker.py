@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mae import MAE
-from .masking import keep_highest
 from .vit import Trunk, initialise, token
 
 # %% ../nbs/07_masker.ipynb #a2d7423f
@@ -61,7 +60,7 @@ class Masker(nn.Module):
         self.apply(initialise)
 
     def near(self, seen: Tensor, backward: bool = False) -> Tensor:
-        """What the kernel makes of values (b, n) on the grid, a torus; `backward` looks from the other end."""
+        """What the kernel makes of values (b, n) on the grid, a torus; `backward`: from the other end."""
         kernel = self.kernel * (1 - F.pad(seen.new_ones(1, 1, 1, 1), [self.reach] * 4))
         kernel = kernel.flip(2, 3) if backward else kernel
         around = F.pad(seen.unflatten(1, (1, *self.grid)), [self.reach] * 4, mode="circular")
@@ -91,7 +90,8 @@ def perturbed(wish: Tensor, temperature: float, gumbel: Tensor) -> Tensor:
 def standard(logits: Tensor) -> Tensor:
     """Logits (b, n) with mean 0 and spread 1 within each image.
 
-    Of logits (b, n, K) what counts is a patch's difference between parts: those have mean 0, and spread 1 over the image.
+    Of logits (b, n, K) what counts is a patch's difference between parts: those have mean 0, and spread 1
+    over the image.
     """
     away = logits - logits.mean(-1, keepdim=True)
     return away / away.flatten(1).square().mean(1).sqrt().clamp_min(1e-6).view(-1, *[1] * (logits.ndim - 1))
@@ -101,9 +101,10 @@ ROUNDS = 8
 
 
 def in_company(masker: Masker, difficulty: Tensor, factor: float, noise: Tensor, k: int) -> Tensor:
-    """Patch ids (b, n), the k kept ones first, chosen in rounds from difficulties (b, n) and the masker's kernel.
+    """Patch ids (b, n), the k kept ones first, chosen in rounds by difficulties (b, n) and the kernel.
 
-    factor > 0 keeps what lowers the predicted difficulty of the mask most, in standard deviations; noise (b, n) is added.
+    factor > 0 keeps what lowers the predicted difficulty of the mask most, in standard deviations; noise
+    (b, n) is added.
     """
     visible = torch.zeros_like(difficulty)
     for taken in [k * r // ROUNDS for r in range(1, ROUNDS + 1)]:

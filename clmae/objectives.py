@@ -119,7 +119,7 @@ class Parts:
 
 # %% ../nbs/10_objectives.ipynb #0a034beb
 class Hidden(Objective):
-    """An MAE of which a rule, or a learned masker, hides patches: in one visible part, or in K disjoint ones."""
+    """An MAE of which a rule or a masker hides patches: one visible part, or K disjoint ones."""
 
     def __init__(self, mae: MAE, mask: str | dict, mask_ratio: float, norm_pix: bool, parts: dict | None):
         super().__init__(mae=mae)
@@ -165,7 +165,7 @@ class Watched(Hidden):
         return self.autoencoder.encoder
 
     def taught(self, images: Tensor, mask: Mask, pos: float, draw: Draw) -> Tensor | None:
-        """The teacher's predictions (K·b, n, p²c), from what the student sees or from another draw; None unasked."""
+        """The teacher's predictions (K·b, n, p²c) of what the student sees or of another draw, if asked."""
         if self.teacher is None or not (self.watching.weight or self.excess):
             return None
         if self.watching.mask == "same":
@@ -180,7 +180,10 @@ class Watched(Hidden):
 
 # %% ../nbs/10_objectives.ipynb #b82a3ad6
 class MaskedAutoencoding(Watched):
-    """Reconstruct what is hidden: MAE (arXiv 2111.06377), in K parts EMAE (2302.14431), taught RC-MAE (2210.02077)."""
+    """Reconstruct what is hidden: MAE (arXiv 2111.06377).
+
+    In K parts EMAE (arXiv 2302.14431), with a teacher RC-MAE (arXiv 2210.02077).
+    """
 
     blocks = {"mask": hidings, "parts": Parts, "teacher": Watching}
 
@@ -221,7 +224,7 @@ class MaskedAutoencoding(Watched):
 # %% ../nbs/10_objectives.ipynb #6c07a4a8
 @dataclass
 class Wishes(Hiding):
-    """What a masker wishes: an estimator's reading of its logits at a place in training, with noise or without."""
+    """What a masker wishes: an estimator's reading of its logits at a place in training."""
 
     masker: Masker
     ratio: float
@@ -318,9 +321,9 @@ def take(settings: dict | None, *names: str) -> tuple[dict, dict]:
 
 # %% ../nbs/10_objectives.ipynb #411afe1f
 LEARNING = {
-    "parts": Parts, "teacher": Watching, "curriculum": curricula, "estimator": estimators, "relaxation": relaxations,
-    "reconstruction": soft_reconstructions, "kl": ratio_kls, "diversity": samenesses,
-    "masker": [Masker, Turns], "weights": term_weights,
+    "parts": Parts, "teacher": Watching, "curriculum": curricula, "estimator": estimators,
+    "relaxation": relaxations, "reconstruction": soft_reconstructions, "kl": ratio_kls,
+    "diversity": samenesses, "masker": [Masker, Turns], "weights": term_weights,
 }  # fmt: skip
 
 
@@ -360,7 +363,10 @@ class CurriculumLearnedMasking(MaskedAutoencoding):
         self.make_masker(self.parts if grouping == "assign" else 1, sizes, amount(temperature), amount(share))
 
     def make_masker(self, groups: int, sizes: dict, temperature: Schedule, share: Schedule) -> None:
-        """The masker, a net of its own, and the hiding that it does. ValueError for settings that can't go together."""
+        """The masker, a net of its own, and the hiding that it does.
+
+        ValueError for settings that can't go together.
+        """
         self.masker = Masker(self.mae.encoder.grid, self.mae.encoder.width, groups, **sizes)
         self.nets["masker"] = self.calls["masker"] = self.masker
         prefers, factor = self.estimator.preference, lambda pos: self.factor(pos)

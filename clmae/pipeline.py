@@ -139,7 +139,7 @@ def ratio_problem(value, config, block):
 
 
 def heads_problem(value, config, block):
-    """What is wrong with a number of attention heads, if anything; the width is the block's or the encoder's."""
+    """What is wrong with a number of heads, if anything; the width is the block's or the encoder's."""
     own = block.get("width")
     width = own or sizes(config.model)["width"]
     whose = "its" if own else "the encoder's"

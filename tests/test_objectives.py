@@ -178,7 +178,8 @@ def test_every_way_to_learn_a_mask_in_every_mixture(how, name, b):
     for pos in (0.0, 0.5, 1.0):
         for phase in objective.phases(0):
             loss = objective.loss(phase, images, pos, Draw(seed=(0,)))
-            grads = torch.autograd.grad(loss.total, list(objective.nets[phase].parameters()), allow_unused=True)
+            weights = list(objective.nets[phase].parameters())
+            grads = torch.autograd.grad(loss.total, weights, allow_unused=True)
             assert all(g.isfinite().all() for g in grads if g is not None)
         objective.after_step(pos)
     mask = objective.choose(objective.mae.encoder.embed(images), 1.0, Draw(seed=(0,)))
@@ -232,11 +233,13 @@ def test_the_teacher_moves_after_a_step_and_by_the_momentum_of_its_place(name):
     assert torch.equal(objective.encoder.patch_embed.proj.weight, before)  # a loss moves nothing
     objective.after_step(0.5)
     moved = objective.encoder.patch_embed.proj.weight - before
-    torch.testing.assert_close(moved, torch.full_like(moved, 1 - objective.momentum(0.5)), rtol=1e-3, atol=1e-6)
+    expected = torch.full_like(moved, 1 - objective.momentum(0.5))
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_a_combination_needs_a_block_and_no_code():
-    settings_ = {"mask": {"name": "hard", "end": 0.75}, "parts": {"consistency": "l2"}, "teacher": {"mask": "different"}}
+    settings_ = {"mask": {"name": "hard", "end": 0.75}, "parts": {"consistency": "l2"}}
+    settings_["teacher"] = {"mask": "different"}
     torch.manual_seed(0)
     objective = make_objective(build_mae(*SHAPES["square"], **SMALL), "mae", **settings_)
     images = images_for(objective)
