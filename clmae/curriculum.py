@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Schedule', 'curricula', 'momenta', 'position', 'progress', 'linear', 'cosine', 'constant', 'reversed_linear',
            'released_factor', 'released', 'make_curriculum', 'cosine_momentum', 'constant_momentum',
-           'released_momentum', 'make_momentum', 'amount', 'warmup_cosine']
+           'released_momentum', 'make_momentum', 'line', 'amount', 'warmup_cosine']
 
 # %% ../nbs/08_curriculum.ipynb #5d6406c6
 import math
@@ -108,10 +108,21 @@ def make_momentum(name: str, *, start: float = 0.996, epochs: int | None = None)
         raise ValueError("momentum released: needs the number of epochs")
     return momenta[name](start=start, epochs=epochs)
 
-# %% ../nbs/08_curriculum.ipynb #d0296c64
-def amount(value: float | dict) -> Schedule:
-    """A number as a constant schedule, or {start, end, hold} as the line that `linear` draws."""
-    return linear(**value) if isinstance(value, dict) else constant(start=value)
+# %% ../nbs/08_curriculum.ipynb #19f5c7d5
+def line(*, start: float, end: float, hold: float = 0.0) -> Schedule:
+    """From `start` to `end`, both to be said."""
+    return linear(start=start, end=end, hold=hold)
+
+
+def amount(value: float | dict, *, most: float = math.inf) -> Schedule:
+    """A number as a constant schedule, or {start, end, hold} as a line.
+
+    ValueError unless 0 <= it <= `most`.
+    """
+    schedule = line(**value) if isinstance(value, dict) else constant(start=value)
+    if not all(0 <= schedule(pos) <= most for pos in (0.0, 1.0)):
+        raise ValueError(f"expected 0 <= amount <= {most:g} throughout, not {value}")
+    return schedule
 
 # %% ../nbs/08_curriculum.ipynb #548f1cdd
 def warmup_cosine(*, warmup: float = 0.05, floor: float = 0.0) -> Schedule:

@@ -183,8 +183,8 @@ class Policy(Estimator):
 
 # %% ../nbs/10_estimators.ipynb #2d04f56a
 @dataclass(frozen=True)
-class Frozen(Estimator):
-    """A masker that never learns."""
+class Frozen(Rank):
+    """A masker that never learns: its untrained judgement, used as `rank` uses a learned one."""
 
     learns = False
 

@@ -536,6 +536,8 @@ def health_summary(table) -> dict:
     gaps = quarter_gaps(table) if "health.gap" in table else {}
     words = ending(table) if "health.verdict" in table else ""
     found = ({"gap": gaps} if gaps else {}) | ({"verdict": words} if words else {})
+    if words and words != "no masker":
+        found["alive"] = float((table["health.verdict"] == "alive").mean())  # share of the epochs
     return {"health": found} if found else {}
 
 # %% ../nbs/13_figures.ipynb #f01e39f4

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EDGE', 'ENOUGH', 'RANDOM_MASKS', 'UNDECIDED', 'NEUTRAL', 'CENTRE', 'EQUAL', 'DIVERSE', 'IMAGE', 'MOVES', 'EPOCHS',
-           'LATE', 'findings', 'diversity', 'rate_numbers', 'correlation', 'closeness', 'bits', 'score_sums', 'central',
-           'score_numbers', 'random_masks', 'Look', 'loss_sums', 'attempt', 'examine', 'counted', 'look_sums',
-           'look_numbers', 'Health', 'percent', 'find_undecided', 'find_centre_only', 'find_collapsed', 'find_fixed',
-           'verdict', 'MaskMemory', 'MaskFiles', 'HealthMonitor']
+           'LATE', 'INDIFFERENT', 'ACTIVE', 'findings', 'diversity', 'rate_numbers', 'correlation', 'closeness', 'bits',
+           'score_sums', 'central', 'score_numbers', 'random_masks', 'Look', 'loss_sums', 'attempt', 'examine',
+           'counted', 'look_sums', 'look_numbers', 'Health', 'percent', 'find_undecided', 'find_centre_only',
+           'find_collapsed', 'find_fixed', 'find_indifferent', 'verdict', 'MaskMemory', 'MaskFiles', 'HealthMonitor']
 
 # %% ../nbs/12_health.ipynb #5d6406c6
 import math
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .files import read_tensors, write_tensors
 from .losses import patch_error
-from .masking import Draw, Mask, coordinates, maskings, part_count, split
+from .masking import Draw, Mask, coordinates, keep_count, maskings, part_count, split
 from .patches import patchify
 
 # %% ../nbs/12_health.ipynb #b575929f
@@ -105,6 +105,8 @@ def random_masks(draw: Draw, b: int, n: int, grid: tuple[int, int], ratio: float
     try:
         parts = part_count(n, ratio)
     except ValueError:
+        parts = 0
+    if parts * keep_count(n, ratio) != n:  # both sides of the gap hide equally many
         many = [draw.fork(i).mask(maskings["random"], b, n, ratio, grid) for i in range(RANDOM_MASKS)]
         return Mask(*map(torch.cat, zip(*many)))
     return split(draw.order(maskings["random"], b, n, grid), parts)
@@ -290,8 +292,19 @@ def find_fixed(told: dict) -> str | None:
         return f"{percent(agreement, 1)} of decisions as at the last epoch"
 
 
+INDIFFERENT, ACTIVE = 0.05, 0.3
+
+
+def find_indifferent(told: dict) -> str | None:
+    """λ asks for easy or hard masks, and they are neither: as hard as random, unrelated to errors."""
+    gap, error = told.get("health.gap", 0.0), told.get("health.error", 1.0)
+    if abs(told.get("factor", 0.0)) >= ACTIVE and abs(gap - 1) < INDIFFERENT / 5 and abs(error) < INDIFFERENT:
+        return f"masks as hard as random ones (gap {gap:.3f}), unrelated to errors (correlation {error:+.2f})"
+
+
 findings: dict[str, Callable[[dict], str | None]] = {
     "undecided": find_undecided,
+    "indifferent": find_indifferent,
     "centre-only": find_centre_only,
     "collapsed": find_collapsed,
     "fixed": find_fixed,
@@ -375,7 +388,8 @@ class HealthMonitor:
             objective.train(training)
         self.memory.keep(step, health.hidden().cpu())
         numbers = health.numbers()
-        return numbers | {"health.verdict": verdict(record | numbers)}
+        now = {"factor": objective.factor(record["pos"])} if hasattr(objective, "factor") else {}
+        return numbers | {"health.verdict": verdict(record | numbers | now)}
 
     def look(self, objective: nn.Module, pos: float, draw: Draw, before: Tensor | None) -> Health:
         """Examine all batches; `before` (images, n) are the masks of the last epoch."""

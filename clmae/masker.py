@@ -125,7 +125,8 @@ def with_share(wish: Tensor, hide: int, uniform: Tensor) -> Tensor:
 def balance(logits: Tensor, rounds: int = 20) -> Tensor:
     """Log-probabilities (b, n, K) that a patch is in a part.
 
-    Each patch is in one part, each part holds n/K patches (to a fraction of a percent). Sinkhorn's algorithm.
+    Each patch is in one part; each part holds about n/K patches, the less exactly the larger the logits.
+    Sinkhorn's algorithm.
     """
     b, n, parts = logits.shape
     logp = logits.log_softmax(-1)

@@ -384,8 +384,8 @@ class StepMean(nn.Module):
     @torch.no_grad()
     def learn(self, error: Tensor, hidden: Tensor) -> None:
         """Collect errors (B, n) where hidden (B, n) is 1."""
-        self.total += (error.double() * hidden).sum(0)
-        self.count += hidden.double().sum(0)
+        self.total = self.total.double() + (error.double() * hidden).sum(0)  # whatever the module was cast to
+        self.count = self.count.double() + hidden.double().sum(0)
 
     def take(self) -> tuple[Tensor, Tensor]:
         """The mean (n,) and whether there was anything to average (n,); then start anew."""

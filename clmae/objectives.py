@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .curriculum import Schedule, amount, curricula, make_curriculum
-from .estimators import Estimator, Seen, Shape, Terms, as_scores, estimators, term_weights
+from .curriculum import Schedule, amount, curricula, line, make_curriculum
+from .estimators import Estimator, Policy, Seen, Shape, Terms, as_scores, estimators, term_weights
 from clmae.losses import (
     consistency,
     disagreements,
@@ -27,7 +27,7 @@ from clmae.losses import (
     samenesses,
     soft_reconstructions,
 )
-from .mae import MAE, Encoder
+from .mae import MAE, Encoder, Prediction
 from .masker import Masker, assign, deal, in_company, perturbed, relaxations, with_share
 from .masking import Draw, Hiding, Mask, hidings, keep_count, make_hiding, part_count, split
 from .patches import patchify, standardise, unstandardise
@@ -127,6 +127,14 @@ class Hidden(Objective):
         self.hiding: Hiding = make_hiding(mae.encoder.grid, mask_ratio, mask)
         self.parts = 1 if parts is None else part_count(mae.encoder.n, mask_ratio)
         self.agreeing = Parts(**(parts or {}))
+        if self.parts == 2 and self.agreeing.weight:
+            raise ValueError(
+                "parts: two never hide the same patch; take a mask_ratio of 0.66 or more, or weight: 0"
+            )
+        if self.parts > 1 and self.hiding.ratio_at(0.0) != self.hiding.ratio_at(1.0):
+            raise ValueError(
+                "parts: their number follows from one ratio; take a mask whose ratio does not grow"
+            )
 
     def target(self, images: Tensor) -> Tensor:
         """What is to be predicted: patches (b, n, p²c) of the images, standardised with `norm_pix`."""
@@ -164,14 +172,14 @@ class Watched(Hidden):
     def encoder(self) -> Encoder:
         return self.autoencoder.encoder
 
-    def taught(self, images: Tensor, mask: Mask, pos: float, draw: Draw) -> Tensor | None:
-        """The teacher's predictions (K·b, n, p²c) of what the student sees or of another draw, if asked."""
+    def taught(self, images: Tensor, mask: Mask, pos: float, draw: Draw) -> Prediction | None:
+        """What the teacher says, seeing what the student sees or another draw; None if it isn't asked."""
         if self.teacher is None or not (self.watching.weight or self.excess):
             return None
-        if self.watching.mask == "same":
-            return self.teacher.predict(images, mask)
-        with torch.no_grad():
-            return self.teacher.mae(images, lambda tokens: self.choose(tokens, pos, draw.fork(1))).patches
+        same = self.watching.mask == "same"
+        return self.teacher.predict(
+            images, lambda tokens: mask if same else self.choose(tokens, pos, draw.fork(1))
+        )
 
     def after_step(self, pos: float) -> None:
         self.hiding.after_step(pos)
@@ -200,21 +208,24 @@ class MaskedAutoencoding(Watched):
         taught = self.taught(images, prediction.mask, pos, draw)
         views, target = prediction.patches.to(target.dtype), target.repeat(self.parts, 1, 1)
         hidden, error = prediction.mask.hidden.to(target.dtype), patch_error(views, target)
-        beyond = patch_error(taught, target) if self.excess else 0.0
-        self.learn_from(read[0], hidden, (error - beyond).detach(), draw)
-        terms = self.terms(error, hidden, views, taught)
+        both = hidden * taught.mask.hidden if taught else hidden  # what neither student nor teacher sees
+        beyond = patch_error(taught.patches, target) if self.excess else 0.0
+        self.learn_from(read[0], both if self.excess else hidden, (error - beyond).detach(), draw)
+        terms = self.terms(error, hidden, views, taught and taught.patches, both)
         total = sum(weight * term for weight, term in terms.values())
         return Loss(total, {name: term.detach() for name, (_, term) in terms.items()})
 
-    def terms(self, error: Tensor, hidden: Tensor, views: Tensor, taught: Tensor | None) -> dict:
+    def terms(
+        self, error: Tensor, hidden: Tensor, views: Tensor, taught: Tensor | None, both: Tensor
+    ) -> dict:
         """Name → (weight, term): reconstruction, and what parts and teacher add."""
         terms = {"reconstruction": (1.0, hidden_mean(error, hidden))}
-        if self.parts > 1:
+        if self.parts > 2 and self.agreeing.weight:
             distance = disagreements[self.agreeing.consistency]
             terms["consistency"] = self.agreeing.weight, consistency(views, hidden, self.parts, distance)
         if taught is not None and self.watching.weight:
             distance = patch_error(views, taught.to(views.dtype))
-            terms["teacher"] = self.watching.weight, hidden_mean(distance, hidden)
+            terms["teacher"] = self.watching.weight, hidden_mean(distance, both)
         return terms
 
     def learn_from(self, tokens: Tensor, hidden: Tensor, error: Tensor, draw: Draw) -> None:
@@ -311,6 +322,16 @@ class Turns:
         """How many images of a batch of b the masker learns from: at least one."""
         return max(1, round(self.fraction * b))
 
+    def of_slice(self, b: int, draw: Draw) -> tuple[int, float]:
+        """The same for b rows of the draw's global batch: how many of them, and what their mean weighs.
+
+        However a batch is cut, the masker learns from its first images. A slice without any weighs 0.
+        """
+        total = draw.total or b
+        wanted = self.images(total)
+        rows = min(max(wanted - draw.start, 0), b)
+        return max(rows, 1), rows * total / (b * wanted)
+
 # %% ../nbs/10_objectives.ipynb #eb521616
 def take(settings: dict | None, *names: str) -> tuple[dict, dict]:
     """A block cut in two: the settings of these names, and the rest."""
@@ -324,6 +345,7 @@ LEARNING = {
     "parts": Parts, "teacher": Watching, "curriculum": curricula, "estimator": estimators,
     "relaxation": relaxations, "reconstruction": soft_reconstructions, "kl": ratio_kls,
     "diversity": samenesses, "masker": [Masker, Turns], "weights": term_weights,
+    "temperature": line, "share": line,
 }  # fmt: skip
 
 
@@ -360,7 +382,9 @@ class CurriculumLearnedMasking(MaskedAutoencoding):
             estimator, Shape(mask_ratio, kl, diversity, self.weights), reconstruction
         )
         self.factor, self.seen = scaled(curriculum, amplitude), {}
-        self.make_masker(self.parts if grouping == "assign" else 1, sizes, amount(temperature), amount(share))
+        self.make_masker(
+            self.parts if grouping == "assign" else 1, sizes, amount(temperature), amount(share, most=1)
+        )
 
     def make_masker(self, groups: int, sizes: dict, temperature: Schedule, share: Schedule) -> None:
         """The masker, a net of its own, and the hiding that it does.
@@ -371,8 +395,17 @@ class CurriculumLearnedMasking(MaskedAutoencoding):
         self.nets["masker"] = self.calls["masker"] = self.masker
         prefers, factor = self.estimator.preference, lambda pos: self.factor(pos)
         self.hiding = LearnedParts(self.masker, self.mask_ratio, prefers, factor, temperature, share)
+        chance = temperature(0.0) or temperature(1.0) or share(0.0) < 1 or share(1.0) < 1
         if self.excess and not self.teacher:
             raise ValueError("excess: the error minus the teacher's needs a teacher; add teacher: {}")
+        if isinstance(self.estimator, Policy) and not chance:
+            raise ValueError(
+                "estimator policy: learns from chance; give it a temperature, or a share below 1"
+            )
+        if self.teacher and self.watching.mask == "different" and not chance:
+            raise ValueError(
+                "teacher.mask: a masker without chance has no different mask; give it a temperature"
+            )
         if self.masker.reach and not self.estimator.predicts:
             raise ValueError(
                 "masker.reach: only estimator rank learns what a visible neighbour does; set it to 0"
@@ -388,12 +421,15 @@ class CurriculumLearnedMasking(MaskedAutoencoding):
     def loss(self, phase: str, images: Tensor, pos: float, draw: Draw) -> Loss:
         if phase == "mae":
             return super().loss(phase, images, pos, draw)
+        m, share = self.turns.of_slice(len(images), draw)
         learn = self.replay if self.estimator.replays else self.second_pass
-        terms = learn(images, self.turns.images(len(images)), pos, draw)
+        terms = learn(images, m, pos, draw)
         self.tally.add(
             factor=self.factor(pos), temperature=self.hiding.temperature(pos), share=self.hiding.share(pos)
         )
-        return Loss(terms.total(), {name: term.detach() for name, term in terms.parts.items()})
+        return Loss(
+            share * terms.total(), {name: share * term.detach() for name, term in terms.parts.items()}
+        )
 
     def second_pass(self, images: Tensor, m: int, pos: float, draw: Draw) -> Terms:
         """Terms of an estimator that predicts once more, through a soft mask, on the first m images."""

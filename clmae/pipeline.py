@@ -111,8 +111,9 @@ def check_block(where, block):
     given = {name: value for name, value in block.items() if name != "objective"}
     yield from check_keys(where, given, cls)
     for name, source in getattr(cls, "blocks", {}).items():
-        if given.get(name) is not None:
-            yield from check_nested(f"{where}.{name}", given[name], source)
+        value = given.get(name)
+        if isinstance(value, dict) or (value is not None and isinstance(source, dict)):  # else a plain value
+            yield from check_nested(f"{where}.{name}", value, source)
 
 # %% ../nbs/14_pipeline.ipynb #810f62bd
 def sizes(model) -> dict:

@@ -7,6 +7,7 @@ __all__ = ['follow', 'Teacher', 'Watching']
 
 # %% ../nbs/08_teacher.ipynb #5d6406c6
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from .curriculum import Schedule, make_momentum, momenta
-from .mae import MAE, Encoder
+from .mae import MAE, Encoder, Prediction
 from .masking import Mask
 
 # %% ../nbs/08_teacher.ipynb #44da0550
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Move every tensor of `teacher` by 1 − momentum towards that of `student`, buffers included."""
+    """Move every saved tensor of `teacher` by 1 − momentum towards that of `student`, buffers included."""
     pairs = list(zip(teacher.state_dict().values(), student.state_dict().values(), strict=True))
     moving = [(ours, theirs) for ours, theirs in pairs if ours.is_floating_point()]
     torch._foreach_lerp_([ours for ours, _ in moving], [theirs for _, theirs in moving], 1 - momentum)
@@ -42,9 +43,9 @@ class Teacher(nn.Module):
         return self.mae.encoder
 
     @torch.no_grad()
-    def predict(self, images: Tensor, mask: Mask) -> Tensor:
-        """Patches (K·b, n, p²c) of images (b, c, h, w) from what `mask` keeps."""
-        return self.mae(images, lambda tokens: mask).patches
+    def predict(self, images: Tensor, choose: Callable[[Tensor], Mask]) -> Prediction:
+        """What the averaged MAE says of images (b, c, h, w) from what `choose(tokens)` keeps."""
+        return self.mae(images, choose)
 
     def follow(self, student: MAE, momentum: float) -> None:
         """One step behind the student."""

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SKIPS', 'MEANT', 'tokens_of', 'make_optimizers', 'peak_rate', 'make_fabric', 'Slices', 'Moved', 'limit',
-           'phase_step', 'put_back', 'one_step', 'out_of_memory', 'finer', 'memory_advice', 'Course', 'NotFinite',
-           'Watch', 'check_weights', 'count', 'check_skips', 'loss_means', 'optimizer_tensors', 'restore_optimizer',
-           'under', 'tally_tensors', 'restore_tally', 'save_checkpoint', 'read_checkpoint', 'restore_checkpoint',
-           'warn', 'Checkpoints', 'duration', 'Meter', 'Notice', 'record', 'look', 'begin', 'walk', 'line_of', 'fit',
-           'folder_of', 'first_bad', 'keep_incident', 'Finding', 'broken', 'ours', 'Finder', 'OneBatch', 'replay_step']
+           'phase_step', 'followers', 'put_back', 'one_step', 'out_of_memory', 'finer', 'memory_advice', 'Course',
+           'NotFinite', 'Watch', 'check_weights', 'count', 'check_skips', 'loss_means', 'optimizer_tensors',
+           'restore_optimizer', 'under', 'tally_tensors', 'restore_tally', 'save_checkpoint', 'read_checkpoint',
+           'restore_checkpoint', 'warn', 'Checkpoints', 'duration', 'Meter', 'Notice', 'record', 'look', 'begin',
+           'walk', 'line_of', 'fit', 'folder_of', 'first_bad', 'keep_incident', 'Finding', 'broken', 'ours', 'Finder',
+           'OneBatch', 'replay_step']
 
 # %% ../nbs/11_trainer.ipynb #5d6406c6
 import math
@@ -145,18 +146,23 @@ def phase_step(
     optimizer.zero_grad()
     return moved
 
-# %% ../nbs/11_trainer.ipynb #aa6f3dfd
+# %% ../nbs/11_trainer.ipynb #17ac7eee
+def followers(objective: Objective) -> list[Tensor]:
+    """What moves without an optimizer: buffers, and the weights of a teacher."""
+    return [*objective.buffers(), *(p for p in objective.parameters() if not p.requires_grad)]
+
+
 def put_back(objective: Objective, before: list[Tensor], bad: Tensor) -> None:
-    """Give the objective's buffers their values from `before` where `bad`."""
-    for buffer, old in zip(objective.buffers(), before):
-        buffer.copy_(torch.where(bad, old, buffer))
+    """Give the objective's followers their values from `before` where `bad`."""
+    for now, old in zip(followers(objective), before):
+        now.copy_(torch.where(bad, old, now))
 
 
 def one_step(
     fabric, objective, optimizers, step, slices, pos, rate, clip=None, skip=False, careful=False
 ) -> dict[str, Moved]:
     """All phases of one optimizer step at learning rate `rate`; what they were, by phase."""
-    moved, before = {}, [buffer.clone() for buffer in objective.buffers()] if skip else []
+    moved, before = {}, [tensor.clone() for tensor in followers(objective)] if skip else []
     for phase in objective.phases(step):
         for group in optimizers[phase].param_groups:
             group["lr"] = rate

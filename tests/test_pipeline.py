@@ -119,6 +119,17 @@ BAD_BLOCKS = [
     (block(parts={"weigth": 1.0}), "objectives.cl_mae.parts.weigth: unknown key; allowed: ", "'weight'?"),
     (block(teacher={"momentum": "cosin"}), "objectives.cl_mae.teacher.momentum: 'cosin'; expected ", ""),
     (block(teacher={"start": 2.0}), "objectives.cl_mae: teacher: ", "start=2.0"),
+    (
+        block(temperature={"begin": 2}),
+        "objectives.cl_mae.temperature.begin: unknown key; allowed: start,",
+        "",
+    ),
+    (block(temperature={"start": 2}), "objectives.cl_mae.temperature.end: missing", ""),
+    (block(temperature=-1.0), "objectives.cl_mae: expected 0 <= amount", "-1.0"),
+    (block(share=1.5), "objectives.cl_mae: expected 0 <= amount <= 1", "1.5"),
+    (block("emae", mask_ratio=0.5), "objectives.emae: parts: two never hide", "0.66"),
+    (block("emae", mask={"name": "growing_ratio"}), "objectives.emae: parts: ", "grow"),
+    (block(estimator="policy", temperature=0.0, masker={}), "objectives.cl_mae: estimator policy", "chance"),
     (block(excess=True, teacher=None), "objectives.cl_mae: excess", "teacher: {}"),
     (
         block(masker={"fraction": 0.5, "every": 1.5}),
