@@ -1,7 +1,6 @@
 """The command line, `python -m clmae`. Thin: a command reads the parameters and calls the function that does the work.
 
-`prepare`, `pretrain`, `evaluate`, `baselines` and `figures` need the package alone; `stage` and `verify` also need
-the extra `repro` (papermill and DVC).
+All commands need the package alone, but `stage` and `verify`, which also need the extra `repro` (papermill and DVC).
 """
 
 import argparse
@@ -14,9 +13,12 @@ from clmae.config import Stopped, UserError
 EXAMPLES = """examples:
   python -m clmae validate                    check params.yaml, run nothing
   python -m clmae prepare                     images in data/ -> build/prepared
+  python -m clmae doctor --run mae            is all there, does it fit, how long will it take?
   python -m clmae pretrain --run mae --seed 0 one run; without options: every run with every seed
   python -m clmae plan --preset huge --gpus 64 --images 1.28M --epochs 800
                                               memory, steps, hours, learning rate: a prediction
+  python -m clmae replay build/work/mae-0-1f00/incident
+                                              which operation made the loss no number?
   python -m clmae evaluate && python -m clmae baselines && python -m clmae figures
   dvc repro                                   all of it, only what changed, into results/
 """
@@ -81,7 +83,10 @@ def pretrain(args):
 
 def scores(result):
     """Test accuracies as one piece of a line, or why there are none."""
-    found = {name: probe["accuracy"] for name, probe in result.items() if isinstance(probe, dict)}
+    probes = {
+        name: value for name, value in result.items() if isinstance(value, dict) and "accuracy" in value
+    }
+    found = {name: probe["accuracy"] for name, probe in probes.items()}
     return ", ".join(f"{name} {100 * value:.1f} %" for name, value in found.items()) or result["skipped"]
 
 
@@ -124,6 +129,33 @@ def plan(args):
     rates = {"efficiency": args.efficiency, "precision": args.precision, "base_lr": args.base_lr}
     given = {"peak_flops": args.peak and args.peak * 1e12, "room": args.memory and args.memory * 1e9}
     print(cost.describe(cost.plan(**sizes, **rates, **given, objective=blocks.get(args.run))))
+
+
+def replay(args):
+    from clmae import doctor
+
+    again, report = doctor.retake(args.folder, args.device)
+    print(report)
+    return 0 if again else 1
+
+
+def doctor(args):
+    from clmae import doctor as checks
+
+    states = []
+    for line in checks.examine(args.params, args.run, args.steps):
+        states.append(line.state)
+        print(line, flush=True)
+    wrong, notes = states.count("wrong"), states.count("note")
+    print(f"{wrong} of {len(states)} wrong, {notes} to note")
+    return 1 if wrong else 0
+
+
+def steps(text):
+    """A number of steps from the command line."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= 1")
+    return int(text)
 
 
 def complain(error, code):
@@ -191,6 +223,16 @@ def parser():
     command.add_argument("--peak", type=float, metavar="T", help="TFLOP/s of a device, not the data sheet's")
     command.add_argument("--memory", type=float, metavar="GB", help="of a device, not the data sheet's")
     command.add_argument("--precision", choices=["32", "bf16"], default="bf16", help="default: %(default)s")
+    command = add(
+        replay, "take the step again that made a loss no number, and name the operation", params=False
+    )
+    command.add_argument("folder", metavar="FOLDER", help="the incident, as the run's last line named it")
+    command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
+    command = add(doctor, "check machine, parameters and images; measure a few steps; 1 if anything is wrong")
+    command.add_argument("--run", metavar="NAME", help="whose steps to measure; default: the first of runs")
+    command.add_argument(
+        "--steps", type=steps, default=20, metavar="N", help="how many; default: %(default)s"
+    )
     command = add(stage, "run one stage's notebook, as dvc.yaml does", pair=True)
     command.add_argument("name", help="prepare, pretrain, evaluate, ...: nbs/stages/*_NAME.ipynb")
     command.add_argument(
@@ -210,6 +252,7 @@ def parser():
 def main(argv=None) -> int:
     """Run a command; 0 fine, 1 failed, 2 the user's mistake (one line on stderr), 130 interrupted.
 
+    Also 1: `doctor` found something wrong, `replay` found nothing.
     Also 0: `pretrain` was asked to stop by SIGTERM or SIGUSR1 and has saved its work. A stage ends with 2 then,
     because DVC takes a stage that ends with 0 for finished.
     """

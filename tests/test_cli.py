@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from clmae import pipeline, runs
+from clmae import doctor, pipeline, runs
 from clmae.__main__ import main, parser
 from clmae.config import Stopped, UserError, read_yaml
 
@@ -35,7 +37,9 @@ def test_help_names_every_command_and_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
     text = parser().format_help()
-    for command in "validate prepare pretrain plan evaluate baselines figures stage readme verify".split():
+    for command in (
+        "validate prepare pretrain plan evaluate baselines figures replay doctor stage readme verify".split()
+    ):
         assert f"\n    {command}" in text
 
 
@@ -72,6 +76,8 @@ def test_mistake_in_params_is_one_line_whatever_the_command(here, capsys, comman
             "--run: unknown run 'cl_mea'; allowed: cl_emae, cl_mae,",
         ),
         ("evaluate --run x", "--run: unknown run 'x'; allowed: cl_emae, cl_mae,"),
+        ("doctor --run x", "--run: unknown run 'x'; allowed: cl_emae, cl_mae,"),
+        ("replay build", "build: no incident.json there; incidents of this repository: none"),
         ("stage pretain", "unknown stage 'pretain'"),
         ("readme --check", "nbs/index.ipynb: no such file"),
         ("prepare", "data: no such folder"),
@@ -145,7 +151,12 @@ def test_runs_and_seeds_are_all_or_the_one_asked_for(here, monkeypatch):
 
 
 def test_evaluate_and_baselines_say_what_they_found(here, monkeypatch, capsys):
-    found = {"knn": {"accuracy": 0.5123}, "linear": {"accuracy": 0.6}, "width": 128}
+    found = {
+        "knn": {"accuracy": 0.5123},
+        "linear": {"accuracy": 0.6},
+        "width": 128,
+        "consistency": {"value": 1.0},
+    }
     monkeypatch.setattr(runs, "evaluate_run", lambda **_: found)
     monkeypatch.setattr(runs, "baselines_run", lambda **_: {"pca": found, "pixels": {"skipped": "no labels"}})
     assert said(capsys, "evaluate", "--run", "mae")[1] == "mae-0: knn 51.2 %, linear 60.0 %\n"
@@ -173,6 +184,83 @@ def test_verify_fails_when_results_differ(here, monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "compare", lambda *_: differences)
     code, out, _ = said(capsys, "verify")
     assert code == 1 and "m.json knn: 0.5 → 0.6" in out
+
+
+def test_doctor_says_what_is_wrong_and_exits_one(here, capsys, monkeypatch):
+    code, out, err = said(capsys, "doctor", "--params", "nowhere.yaml")
+    assert code == 1 and err == "" and "wrong  parameters  no such file; run where it lies" in out
+    assert out.endswith("1 of 6 wrong, 0 to note\n")
+    lines = [doctor.Check("ok", "a", "b"), doctor.Check("note", "c", "d")]
+    monkeypatch.setattr(doctor, "examine", lambda *given: handed.extend(given) or lines)
+    handed = []
+    code, out, _ = said(capsys, "doctor", "--run", "mae", "--steps", "7")
+    assert code == 0 and handed == ["params.yaml", "mae", 7]
+    assert out == "ok     a           b\nnote   c           d\n0 of 2 wrong, 1 to note\n"
+
+
+@pytest.mark.parametrize("count", ["0", "-3", "many"])
+def test_doctor_measures_a_whole_number_of_steps(capsys, count):
+    with pytest.raises(SystemExit):
+        main(["doctor", f"--steps={count}"])
+    assert f"argument --steps: '{count}' is no whole number >= 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_replay_fails_if_the_incident_does_not_come_back(here, capsys, monkeypatch, again):
+    monkeypatch.setattr(doctor, "retake", lambda *given: (again, f"replayed {given}"))
+    code, out, _ = said(capsys, "replay", "there", "--device", "cuda:1")
+    assert code == (0 if again else 1) and out == "replayed ('there', 'cuda:1')\n"
+
+
+TOOLS = """dvc dvclive papermill nbdev fastcore execnb nbconvert nbformat nbclient
+           jupyterlab jupyter_client jupyter_core notebook ipykernel ipywidgets IPython""".split()
+ALONE = [  # with the exit code of each
+    ("validate", 0), ("prepare", 0), ("plan --preset tiny --images 10k", 0), ("plan --run mae", 0),
+    ("doctor --steps 2", 0), ("pretrain", 0), ("evaluate", 0), ("baselines", 0), ("figures", 0),
+    ("pretrain --params wild.yaml", 2), ("doctor --params wild.yaml --steps 8", 1), ("replay INCIDENT", 0),
+    ("stage prepare", 2),
+]  # fmt: skip
+ALONE_CODE = """
+import glob, sys
+sys.modules.update(dict.fromkeys(sys.argv[1].split()))  # None: importing it raises
+from clmae.__main__ import main
+for command in sys.argv[2:]:
+    [*found] = glob.glob("build/work/*/incident")
+    print("exit", main(command.replace("INCIDENT", "".join(found)).split()), command)
+"""
+TINY = """
+runs: [mae]
+data: {image_size: 16, min_size: 8, validation: 0.25}
+model: {patch_size: 4, width: 32, depth: 1, heads: 2, decoder_width: 16, decoder_depth: 1}
+train: {epochs: 2, batch_size: 8, threads: 1, monitor_epochs: 1}
+film: {images: 2, moments: 2, average_over: 8}
+evaluate: {k: 3, bootstrap: 10, embedding_images: 20}
+objectives: {mae: {objective: mae}}
+"""
+
+
+def test_commands_need_neither_dvc_nor_papermill_nor_jupyter(tmp_path):
+    """The whole way on a bare machine: every command, with the tools' imports blocked."""
+    rng = np.random.default_rng(0)
+    for i in range(64):
+        place = tmp_path / "data" / ("train" if i < 40 else "test") / "ab"[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(place / f"{i}.png")
+    (tmp_path / "params.yaml").write_text(TINY)
+    (tmp_path / "wild.yaml").write_text(
+        TINY.replace("threads: 1", "threads: 1, base_lr: 1.0e+30, warmup: 0.0")
+    )
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    commands = [command for command, _ in ALONE]
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE_CODE, " ".join(TOOLS), *commands],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    ends = [line.split(maxsplit=2)[1:] for line in done.stdout.splitlines() if line.startswith("exit ")]
+    assert ends == [[str(code), command] for command, code in ALONE], done.stdout + done.stderr
+    assert "without dvc and papermill there is no `dvc repro`" in done.stdout
+    assert "first operation whose result is not finite" in done.stdout
 
 
 def test_without_the_extra_a_stage_says_what_to_install(tmp_path):
