@@ -273,3 +273,16 @@ def test_correlation_needs_two_values():
         row = torch.full((1, n), 0.1, dtype=torch.float64)
         assert correlation(row, torch.arange(float(n))[None]).isnan().all()
     assert correlation(moving, moving).tolist() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.74, 0.75, 0.76, 0.9])
+def test_random_masks_hide_as_many_as_the_objective(ratio):
+    hidden = random_masks(Draw(seed=(0,)), 3, 64, (8, 8), ratio).hidden
+    assert (hidden.sum(1) == 64 - keep_count(64, ratio)).all()
+
+
+def test_a_masker_that_does_nothing_is_indifferent():
+    told = {"health.spread": 0.4, "health.gap": 1.001, "health.error": 0.01, "factor": 5.0}
+    assert verdict(told).startswith("indifferent: ") and "1.001" in verdict(told)
+    assert verdict(told | {"factor": 0.1}) == "alive"  # where λ is near 0, random masks are the plan
+    assert verdict(told | {"health.gap": 1.06}) == "alive" == verdict(told | {"health.error": 0.3})

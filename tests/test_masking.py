@@ -337,3 +337,9 @@ def test_every_place_has_its_own_position(grid, quarter):
     positions = sincos_2d(4 * quarter, grid)
     apart = torch.cdist(positions, positions) + 10 * torch.eye(len(positions))
     assert positions.isfinite().all() and apart.min() > 1e-3
+
+
+def test_errors_are_summed_in_double_precision_whatever_the_module_was_cast_to():
+    hiding = make_hiding((4, 4), 0.75, "hard").to(torch.float32)
+    hiding.learn(torch.rand(2, 16), torch.ones(2, 16))
+    assert hiding.total.dtype == torch.float64 and hiding.count.dtype == torch.float64

@@ -10,7 +10,7 @@ from clmae.losses import hidden_mean, ratio_kl_mean, samenesses, soft_reconstruc
 from clmae.mae import build_mae
 from clmae.masker import attend, relaxations
 from clmae.masking import Draw
-from clmae.objectives import make_objective, objectives, view
+from clmae.objectives import Turns, make_objective, objectives, view
 from clmae.patches import patchify
 
 everyone = pytest.mark.parametrize("name", sorted(objectives))
@@ -248,3 +248,52 @@ def test_a_combination_needs_a_block_and_no_code():
         objective.after_step(step / 3)
     assert loss.parts.keys() == {"reconstruction", "consistency", "teacher"} and loss.parts["consistency"] > 0
     assert objective.state_dict()["hiding.difficulty"].abs().sum() > 0  # what hiding remembers is kept
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_fraction_means_the_same_images_however_a_batch_is_cut(accumulate):
+    objective = make("cl_mae", estimator="rank", temperature=1.0)
+    objective.turns = Turns(fraction=0.25)
+    objective.double()
+    images = images_for(objective, 8).double()
+    whole = objective.loss("masker", images, 0.2, Draw(seed=(1,), total=8)).total
+    size = 8 // accumulate
+    cuts = [
+        objective.loss("masker", images[s : s + size], 0.2, Draw(seed=(1,), start=s, total=8)).total
+        for s in range(0, 8, size)
+    ]
+    torch.testing.assert_close(sum(cuts) / accumulate, whole)
+
+
+@pytest.mark.parametrize("weight, fine", [(1.0, False), (0.0, True)])
+def test_two_parts_can_only_be_trained_without_comparing_them(weight, fine):
+    def build():
+        return make("emae", mask_ratio=0.5, parts={"weight": weight})
+
+    if not fine:
+        with pytest.raises(ValueError, match="two never hide"):
+            build()
+        return
+    objective = build()
+    assert objective.loss("mae", images_for(objective), 0.0, Draw(seed=(0,))).total.isfinite()
+
+
+def test_a_teacher_with_another_mask_is_compared_where_neither_sees():
+    objective = make("rc_mae", teacher={"mask": "different"})
+    images, draw = images_for(objective), Draw(seed=(0,))
+    mask = objective.choose(objective.mae.encoder.embed(images), 0.0, draw)
+    taught = objective.taught(images, mask, 0.0, draw)
+    assert not torch.equal(taught.mask.hidden, mask.hidden)
+    both = mask.hidden * taught.mask.hidden
+    said = objective.mae(images, lambda tokens: mask).patches
+    expected = hidden_mean((said - taught.patches).square().mean(-1), both)
+    torch.testing.assert_close(objective.loss("mae", images, 0.0, draw).parts["teacher"], expected.detach())
+
+
+def test_frozen_is_rank_that_never_learns():
+    objective = make("cl_mae", estimator="frozen", temperature=1.0, amplitude=5.0)
+    assert objective.phases(0) == ("mae",)
+    tokens = objective.mae.encoder.embed(images_for(objective))
+    wish = objective.hiding.wish(tokens, 0.0)
+    torch.testing.assert_close(wish, -objective.hiding.wish(tokens, 1.0))  # it turns over with λ
+    torch.testing.assert_close(wish.std(1, correction=0), torch.full((4,), 5.0))

@@ -291,3 +291,40 @@ def test_batches_smaller_than_their_name():
     for name in objectives:
         history = fit(make(name), One(), steps=3, rate=1e-3)
         assert all(value == value for value in history[0].values())
+
+
+RECIPES = {
+    "as recommended": ("cl_mae", {"estimator": "rank", "amplitude": 5.0, "temperature": 1.0, "share": 0.8,
+                                  "masker": {"depth": 1, "heads": 2, "head": "token", "reach": 1, "every": 3}}),
+    "hard, taught": ("rc_mae", {"mask": {"name": "hard", "end": 0.9}}),
+    "parts, excess": ("cl_rc_emae", {"estimator": "rank", "temperature": 0.5, "excess": True,
+                                     "masker": {"depth": 1, "heads": 2, "head": "token", "every": 2}}),
+}  # fmt: skip
+
+
+def cook(recipe, seed=0):
+    name, settings = RECIPES[recipe]
+    torch.manual_seed(seed)
+    sizes = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    return make_objective(build_mae(16, 4, width=32, depth=1, heads=2, **sizes), name, **settings)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_resume_where_they_were(recipe, tmp_path):
+    peaceful, broken, again = cook(recipe), cook(recipe), cook(recipe, seed=5)
+    history = fit(peaceful, Noise(), steps=12, rate=3e-3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, Noise(), steps=12, rate=3e-3, folder=tmp_path, at={7: stop})
+    assert fit(again, Noise(), steps=12, rate=3e-3, folder=tmp_path) == history
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), peaceful.state_dict().values()))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_take_micro_batches(recipe):
+    ends = []
+    for accumulate in (1, 3, 12):
+        objective = cook(recipe)
+        fit(objective, Noise(), steps=8, rate=3e-3, accumulate=accumulate, fabric=make_fabric("cpu", "64"))
+        ends.append(weights(objective))
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-8)
