@@ -187,7 +187,7 @@ def test_metrics_are_means_over_seeds(tmp_path):
         {"mean": 0.3, "sd": 0.1, "low": 0.1, "high": 0.4}
     )
     gap = {"first_quarter": pytest.approx(0.95), "last_quarter": pytest.approx(1.1)}
-    assert saved["runs"]["cl_mae"]["health"] == {"gap": gap, "verdict": "alive"}
+    assert saved["runs"]["cl_mae"]["health"] == {"gap": gap, "verdict": "alive", "alive": 0.5}
     assert saved["runs"]["mae"]["health"]["verdict"] == "no masker"
 
 

@@ -293,13 +293,19 @@ def test_batches_smaller_than_their_name():
         assert all(value == value for value in history[0].values())
 
 
+TOKEN = {"depth": 1, "heads": 2, "head": "token"}
+RECOMMENDED = {
+    "amplitude": 5.0,
+    "temperature": 1.0,
+    "share": 0.8,
+    "masker": {**TOKEN, "reach": 1, "every": 3},
+}
+EXCESS = {"temperature": 0.5, "excess": True, "masker": {**TOKEN, "every": 2}}
 RECIPES = {
-    "as recommended": ("cl_mae", {"estimator": "rank", "amplitude": 5.0, "temperature": 1.0, "share": 0.8,
-                                  "masker": {"depth": 1, "heads": 2, "head": "token", "reach": 1, "every": 3}}),
+    "as recommended": ("cl_mae", {"estimator": "rank", **RECOMMENDED}),
     "hard, taught": ("rc_mae", {"mask": {"name": "hard", "end": 0.9}}),
-    "parts, excess": ("cl_rc_emae", {"estimator": "rank", "temperature": 0.5, "excess": True,
-                                     "masker": {"depth": 1, "heads": 2, "head": "token", "every": 2}}),
-}  # fmt: skip
+    "parts, excess": ("cl_rc_emae", {"estimator": "rank", **EXCESS}),
+}
 
 
 def cook(recipe, seed=0):
