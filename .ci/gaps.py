@@ -26,7 +26,7 @@ def gap_of(folder: Path) -> dict:
     """What is kept of one finished run, and the parameters beside which it lies."""
     history, record = read_json(folder / "history.json"), read_json(folder / "run.json")
     params = read_yaml(folder.parents[2] / "params.yaml")
-    sections = {name: params[name] for name in ("model", "train")}
+    sections = {name: params[name] for name in ("data", "model", "train")}
     lines = [{key: line[key] for key in KEPT if key in line} for line in history]
     return {
         **quarters(history),

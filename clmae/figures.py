@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'DASHES', 'KEPT', 'HIDDEN', 'BASELINE', 'STYLE', 'styled', 'PANELS', 'SCHEDULES', 'HEALTH', 'FINE',
-           'DIVERGING', 'NAMES', 'PROBES', 'UNITS', 'WORST', 'VIEWS', 'figures', 'CHARTS', 'FOLDERS', 'OWNED',
+           'MARGIN', 'DIVERGING', 'NAMES', 'PROBES', 'UNITS', 'WORST', 'VIEWS', 'figures', 'CHARTS', 'FOLDERS', 'OWNED',
            'colours', 'dashes', 'title', 'encode', 'Study', 'study_of', 'read_history', 'draw_lines', 'run_legend',
-           'panels', 'panel_grid', 'draw_panel', 'draw_curriculum', 'draw_sides', 'draw_gap', 'health_columns',
-           'ending', 'story', 'told', 'wrapped', 'draw_health', 'as_rgb', 'per_pixel', 'shade', 'conceal', 'thumbnails',
-           'has_scores', 'film_cells', 'paste', 'factor_at', 'moment_labels', 'pixel_axes', 'draw_block', 'score_key',
-           'draw_film', 'lean', 'draw_mask_maps', 'share_key', 'probes', 'spread', 'summarise', 'beaten', 'verdict',
-           'quarter_gaps', 'health_summary', 'read_evaluations', 'metrics', 'score_table', 'draw_accuracy', 'name_rows',
-           'draw_method', 'consistency_table', 'draw_consistency', 'flop_unit', 'draw_compute', 'draw_embedding',
-           'Reel', 'read_reel', 'read_reels', 'glow', 'error_view', 'hidden_error', 'views', 'bench', 'bench_labels',
-           'name_cases', 'colour_key', 'tints', 'draw_bench', 'draw_strip', 'draw_contacts', 'controls', 'laboratory',
-           'finished', 'curriculum_figures', 'gap_figures', 'health_figures', 'film_figures', 'map_figures',
-           'accuracy_figures', 'consistency_figures', 'compute_figures', 'embedding_figures', 'encoded', 'strangers',
-           'remove', 'keep', 'draw_all']
+           'panels', 'panel_grid', 'factor_axis', 'draw_panel', 'draw_curriculum', 'draw_sides', 'draw_gap',
+           'health_columns', 'ending', 'story', 'told', 'wrapped', 'draw_health', 'as_rgb', 'per_pixel', 'shade',
+           'conceal', 'thumbnails', 'has_scores', 'film_cells', 'paste', 'factor_at', 'moment_labels', 'pixel_axes',
+           'draw_block', 'score_key', 'draw_film', 'lean', 'draw_mask_maps', 'share_key', 'probes', 'spread',
+           'summarise', 'beaten', 'verdict', 'quarter_gaps', 'health_summary', 'read_evaluations', 'metrics',
+           'score_table', 'draw_accuracy', 'name_rows', 'draw_method', 'consistency_table', 'draw_consistency',
+           'flop_unit', 'draw_compute', 'draw_embedding', 'Reel', 'read_reel', 'read_reels', 'glow', 'error_view',
+           'hidden_error', 'views', 'bench', 'bench_labels', 'name_cases', 'colour_key', 'tints', 'draw_bench',
+           'draw_strip', 'draw_contacts', 'controls', 'laboratory', 'finished', 'curriculum_figures', 'gap_figures',
+           'health_figures', 'film_figures', 'map_figures', 'accuracy_figures', 'consistency_figures',
+           'compute_figures', 'embedding_figures', 'encoded', 'strangers', 'remove', 'keep', 'draw_all']
 
 # %% ../nbs/13_figures.ipynb #5d6406c6
 import io
@@ -170,6 +170,14 @@ def panel_grid(count, columns, height, extra=0.0):
         ax.tick_params(labelbottom=i + columns >= count, labelsize=9)
     return figure, axes, cells
 
+# %% ../nbs/13_figures.ipynb #7778d01e
+def factor_axis(factor) -> dict:
+    """Limits and ticks of an axis of λ, whatever its amplitude: the ends (at least ±1) named, and 0."""
+    low, high = min(-1, round(factor.min())), max(1, round(factor.max()))
+    room = 0.075 * (high - low)
+    names = [f"−{-low} adversary", "0", f"+{high} partner"]
+    return {"ylim": (low - room, high + room), "yticks": [low, 0, high], "yticklabels": names}
+
 # %% ../nbs/13_figures.ipynb #cb0fc223
 def draw_panel(ax, history, x, column, label, palette):
     """One small panel: `column` over `x` (`progress` or `done`), a line per run."""
@@ -180,10 +188,7 @@ def draw_panel(ax, history, x, column, label, palette):
     for behind, line in enumerate(reversed(ax.lines)):  # what all runs share is a stripe of all colours
         line.set_linewidth(1.5 * (1 + behind * (column in SCHEDULES)))
     if column == "factor":
-        low, high = min(-1, history[column].min()), max(1, history[column].max())
-        ax.set(
-            ylim=(low - 0.15, high + 0.15), yticks=[-1, 0, 1], yticklabels=["−1 adversary", "0", "+1 partner"]
-        )
+        ax.set(**factor_axis(history[column]))
 
 # %% ../nbs/13_figures.ipynb #ce821ce7
 @styled
@@ -408,10 +413,13 @@ def pixel_axes(figure, left, top, width, height):
     return ax
 
 # %% ../nbs/13_figures.ipynb #ec3aaa89
+MARGIN = 118  # pixels for the labels of moments
+
+
 def draw_block(figure, pasted, labels, headers, top):
     """One block of a film: its canvas pixel for pixel, moments at the left, headers above the first."""
     canvas, across, down = pasted
-    ax = pixel_axes(figure, 100, top, canvas.shape[1], canvas.shape[0])
+    ax = pixel_axes(figure, MARGIN, top, canvas.shape[1], canvas.shape[0])
     ax.imshow(canvas, interpolation="none", extent=(0, canvas.shape[1], canvas.shape[0], 0))
     ax.set_yticks(down, ["image", *labels])
     middle = (down[0] + down[1]) / 2  # of the gap between the originals and the first moment
@@ -437,12 +445,12 @@ def draw_film(film: dict, grid, factors, name: str, chosen) -> Figure:
     headers = ["score", "sees", "reconstructs"] if has_scores(film) else ["sees", "reconstructs"]
     threes = [chosen[i : i + 3] for i in range(0, len(chosen), 3)]
     blocks = [paste(film_cells(film, grid, three), len(headers)) for three in threes]
-    width, heights = blocks[0][0].shape[1] + 110, [canvas.shape[0] + 36 for canvas, _, _ in blocks]
+    width, heights = blocks[0][0].shape[1] + MARGIN + 10, [canvas.shape[0] + 36 for canvas, _, _ in blocks]
     below = 36 if width < 900 else 0  # a narrow film has its key under the caption
     figure = Figure(figsize=(width / 100, (sum(heights) + 50 + below) / 100), dpi=100)
     for block, top in zip(blocks, np.cumsum([10, *heights])):
         draw_block(figure, block, moment_labels(film["pos"], factors), headers, top)
-    caption = pixel_axes(figure, 100, sum(heights) - 6, width - 110, 40)
+    caption = pixel_axes(figure, MARGIN, sum(heights) - 6, width - MARGIN - 10, 40)
     caption.text(0, 0.5, f"{name}: the same images over training", va="center", fontsize=14)
     if has_scores(film):
         score_key(figure, width - 320, sum(heights) + 4 + below)
