@@ -31,16 +31,16 @@ CASES = {
     "soft, own width": {"objective": "cl_mae", "masker": {**SMALL, "head": "token", "width": 32}},
     "soft, dealt": {**PARTS, "grouping": "deal"},
     "soft, scale, assigned": {**PARTS, "relaxation": "scale"},
-    "policy": {"objective": "cl_mae", "estimator": "policy", "masker": SMALL},
-    "policy, assigned": {**PARTS, "estimator": "policy", "masker": SMALL},
+    "policy": {"objective": "cl_mae", "estimator": "policy", "temperature": 1.0, "masker": SMALL},
+    "policy, assigned": {**PARTS, "estimator": "policy", "temperature": 1.0, "masker": SMALL},
     "pairs": {**RANK, "estimator": {"name": "rank", "loss": "pairs"}, "masker": SMALL},
     "rank, dealt, reach": {
         **RANK, "parts": {}, "grouping": "deal", "masker": {**SMALL, "reach": 2, "head": "token"}
     },
     "rank, a third": {**RANK, "masker": {**SMALL, "fraction": 0.34, "every": 3}},
     "excess": {**RANK, "teacher": {"weight": 0.0}, "excess": True, "masker": SMALL},
-    "another mask": {"objective": "cl_mae", "teacher": {"mask": "different"}, "masker": SMALL},
-    "two parts": {"objective": "emae", "mask_ratio": 0.5},
+    "another mask": {"objective": "cl_mae", "teacher": {"mask": "different"}, "share": 0.5, "masker": SMALL},
+    "two parts": {"objective": "emae", "mask_ratio": 0.5, "parts": {"weight": 0.0}},
     "hard": {"objective": "mae", "mask": "hard"},
 }  # fmt: skip
 SHAPES = {
@@ -120,7 +120,15 @@ def test_kept_bytes_in_bfloat16(case):
     counts = cost.parameters(objective)
     for phase, predicted in cost.phase_costs(objective, 8, 0.4).items():
         cast = counts[phase] + (counts["mae"] if phase == "masker" and case == "scale" else 0)
-        assert predicted.kept("bf16") + 2 * cast == pytest.approx(kept[phase], rel=0.15), phase
+        less = copied(objective, 8) if phase == "masker" else 0
+        assert predicted.kept("bf16") - less + 2 * cast == pytest.approx(kept[phase], rel=0.15), phase
+
+
+def copied(objective, batch):
+    """Bytes of the other images' tokens: a narrow masker's entry keeps a cast copy of its own ones."""
+    if not isinstance(objective.masker.enter, torch.nn.Linear):
+        return 0
+    return 4 * cost.remembered(objective) * (batch - objective.turns.images(batch))
 
 
 def test_forgotten_attention_kernel_is_seen():
