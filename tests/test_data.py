@@ -682,6 +682,8 @@ def test_rows_are_read_ahead_once_and_little_is_kept(stores, monkeypatch):
         for start in (0, 4):  # two micro-batches
             batches.rows(step, start, start + 4)
             assert len(batches.reader.ahead) <= 4
+    for reading in batches.reader.ahead.values():  # what is still being read
+        reading.result()
     expected = [tuple(batches.indices(s)[i : i + 4]) for s in range(7) for i in (0, 4)]
     assert sorted(reads) == sorted(expected)  # nothing twice, one step ahead
     batches.batch(40)  # a jump
