@@ -17,7 +17,7 @@ import os
 import secrets
 import shutil
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -193,10 +193,11 @@ class Lock:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self.busy() from None
-        ours = os.fstat(self.file.fileno())
-        if self.path.exists() and os.path.samestat(ours, self.path.stat()):
-            return True
-        return self.file.close()
+        with suppress(FileNotFoundError):  # its last holder may remove it between our two looks
+            if os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()):
+                return True
+        self.file.close()
+        return False
 
     def busy(self) -> UserError:
         """The error that says who holds the lock."""
