@@ -6,7 +6,6 @@
 __all__ = ['cpu_model', 'machine', 'versions']
 
 # %% ../nbs/02_machine.ipynb #5d6406c6
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
