@@ -366,6 +366,51 @@ def test_interrupted_stage_stops_its_kernel_and_says_how_to_go_on(repository, se
     raise AssertionError("the kernel is still there")
 
 
+SAVES = """import os, signal, time
+from clmae.config import Stopped
+given = []
+for each in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(each, lambda number, _: given.append(signal.Signals(number).name))
+with open('pid', 'w') as f:
+    f.write(str(os.getpid()))
+while not given:
+    time.sleep(0.01)
+open('saved', 'w').write('all')
+raise Stopped(f"stopped by {given[0]} after step 3 of 9, which is saved; run the same to go on")
+"""
+
+
+def begun(root, *before):
+    """The stage `long`, started by the command `before` in a session of its own; when its kernel is at work."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [*before, sys.executable, "-m", "clmae", "stage", "long", "-P", "train"]
+    stage = subprocess.Popen(
+        command, cwd=root, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(root / "pid")
+    return stage
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_a_stage_lets_its_kernel_save(repository, sent):
+    root = repository("long", SAVES)
+    stage = begun(root)
+    stage.send_signal(sent)
+    said = stage.communicate(timeout=30)[1]
+    line = f"stopped by {sent.name} after step 3 of 9, which is saved; run the same to go on"
+    assert said.strip().splitlines()[-1] == f"clmae: {line}" and "Traceback" not in said
+    assert stage.returncode == 2  # not 0, which DVC would take for done
+    assert (root / "saved").read_text() == "all" and result(root, "long") == "earlier"
+
+
+def test_a_stage_whose_dvc_has_gone_saves_and_stops(repository):
+    root = repository("long", SAVES)
+    stage = begun(root, "env", "DVC_STAGE=long", "sh", "-c", '"$@"; true', "sh")  # true: sh has to wait
+    stage.kill()
+    said = stage.stderr.read()  # until the stage has ended, too
+    assert "clmae: stopped by SIGTERM after step 3 of 9" in said and (root / "saved").exists()
+
+
 def test_second_repro_at_the_same_time_is_refused_by_dvc(tmp_path):
     environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     dvc = [sys.executable, "-m", "dvc"]
