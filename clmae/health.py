@@ -357,7 +357,7 @@ class MaskFiles:
         return torch.from_numpy(read_tensors(earlier[-1])["hidden"]) if earlier else None
 
     def needed(self, step: int) -> set[int]:
-        """The steps of masks that a checkpoint `step-<n>.json` in the folder would ask for, and the last two."""
+        """The steps of masks that a checkpoint `step-<n>.json` here would ask for, and the last two."""
         saved = [int(path.stem.removeprefix("step-")) for path in self.folder.glob("step-*.json")]
         older = [s for s in self.files() if s < step]
         asked = {max((s for s in older if s <= n), default=step) for n in saved}

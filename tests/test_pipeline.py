@@ -131,6 +131,10 @@ BAD_BLOCKS = [
     (block("emae", mask={"name": "growing_ratio"}), "objectives.emae: parts: ", "grow"),
     (block(estimator="policy", temperature=0.0, masker={}), "objectives.cl_mae: estimator policy", "chance"),
     (block(excess=True, teacher=None), "objectives.cl_mae: excess", "teacher: {}"),
+    (block(estimator="rank", relaxation="scale"), "objectives.cl_mae: relaxation: estimator rank", "soft"),
+    (block(estimator="frozen", kl="released"), "objectives.cl_mae: kl: estimator frozen", "soft and policy"),
+    (block(estimator="policy", weights={"gauss": 1.0}), "objectives.cl_mae: weights.gauss: ", "soft"),
+    (block(estimator="soft", excess=True, teacher={}), "objectives.cl_mae: excess: estimator soft", "rank"),
     (
         block(masker={"fraction": 0.5, "every": 1.5}),
         "objectives.cl_mae.masker.every: 1.5; expected a whole",
@@ -381,7 +385,7 @@ raise Stopped(f"stopped by {given[0]} after step 3 of 9, which is saved; run the
 
 
 def begun(root, *before):
-    """The stage `long`, started by the command `before` in a session of its own; when its kernel is at work."""
+    """The stage `long`, started by the command `before` in a session of its own; its kernel is at work."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [*before, sys.executable, "-m", "clmae", "stage", "long", "-P", "train"]
     stage = subprocess.Popen(
