@@ -369,8 +369,8 @@ def scaled(curriculum: dict | None, amplitude: float) -> Schedule:
 
 # %% ../nbs/10_objectives.ipynb #12b3a7a2
 IGNORABLE = {
-    "relaxation": "attend", "reconstruction": "per_image", "kl": "mean", "diversity": "scaled", "excess": False,
-    **{f"weights.{name}": weight for name, weight in term_weights().items()},
+    "relaxation": "attend", "reconstruction": "per_image", "kl": "mean", "diversity": "scaled",
+    "excess": False, **{f"weights.{name}": weight for name, weight in term_weights().items()},
 }  # fmt: skip
 
 

@@ -486,7 +486,7 @@ def execute(source, partial, parameters, root):
 
 # %% ../nbs/14_pipeline.ipynb #4d694106
 class Relay:
-    """Hands SIGTERM and SIGUSR1 on to `kernels()` while its block runs, once. The next is a KeyboardInterrupt.
+    """Hands SIGTERM and SIGUSR1 on to `kernels()` while its block runs. Once: the next interrupts.
 
     So is one without a kernel, and one that is not followed by a UserError of the kernel's.
     """

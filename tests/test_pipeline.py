@@ -133,8 +133,16 @@ BAD_BLOCKS = [
     (block(excess=True, teacher=None), "objectives.cl_mae: excess", "teacher: {}"),
     (block(estimator="rank", relaxation="scale"), "objectives.cl_mae: relaxation: estimator rank", "soft"),
     (block(estimator="frozen", kl="released"), "objectives.cl_mae: kl: estimator frozen", "soft and policy"),
-    (block(estimator="policy", weights={"gauss": 1.0}), "objectives.cl_mae: weights.gauss: ", "soft"),
-    (block(estimator="soft", excess=True, teacher={}), "objectives.cl_mae: excess: estimator soft", "rank"),
+    (
+        block(estimator="policy", masker={}, weights={"gauss": 1.0}),
+        "objectives.cl_mae: weights.gauss: ",
+        "soft",
+    ),
+    (
+        block(estimator="soft", masker={}, excess=True, teacher={}),
+        "objectives.cl_mae: excess: estimator soft",
+        "rank",
+    ),
     (
         block(masker={"fraction": 0.5, "every": 1.5}),
         "objectives.cl_mae.masker.every: 1.5; expected a whole",
