@@ -125,7 +125,7 @@ def test_a_rehearsal_is_what_pretraining_does(here, monkeypatch, run):
     settings = config(clip=1.0, accumulate=2, min_lr=0.1, nonfinite="skip")
     fitted = {}
 
-    def caught(objective, batches, *, folder, at, say, minutes, keep, recipe, monitors, **given):
+    def caught(objective, batches, *, folder, at, say, minutes, keep, recipe, advice, monitors, **given):
         fitted.update(course=trainer.begin(objective, batches, **given))
         raise Stopped("seen")
 
