@@ -911,6 +911,7 @@ d = { 'settings': { 'branch': 'main',
                            'clmae.vit._Method.__init__': ('vit.html#_method.__init__', 'clmae/vit.py'),
                            'clmae.vit._Method.forward': ('vit.html#_method.forward', 'clmae/vit.py'),
                            'clmae.vit.call_detached': ('vit.html#call_detached', 'clmae/vit.py'),
+                           'clmae.vit.fused_pays': ('vit.html#fused_pays', 'clmae/vit.py'),
                            'clmae.vit.initialise': ('vit.html#initialise', 'clmae/vit.py'),
                            'clmae.vit.token': ('vit.html#token', 'clmae/vit.py'),
                            'clmae.vit.trunk_parameters': ('vit.html#trunk_parameters', 'clmae/vit.py')}}}
