@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MONITOR_BANK', 'HEALTH_IMAGES', 'SAFETY', 'CONSISTENCY_IMAGES', 'build_model', 'phase_flops', 'cumulative_flops',
            'plan', 'knn_every', 'write_curves', 'to_pixels', 'spread', 'Recorder', 'fingerprint', 'speaker',
-           'open_stores', 'thinned', 'Reader', 'validation_monitor', 'assemble', 'one_line', 'train_it', 'summary',
-           'leave', 'write_time', 'recipe_of', 'replay', 'pretrain_run', 'workshop', 'splits', 'probes', 'evaluate_run',
-           'write_map', 'baselines_run']
+           'open_stores', 'batches_of', 'thinned', 'Reader', 'validation_monitor', 'assemble', 'one_line', 'train_it',
+           'summary', 'leave', 'write_time', 'recipe_of', 'replay', 'pretrain_run', 'workshop', 'splits', 'probes',
+           'evaluate_run', 'write_map', 'baselines_run']
 
 # %% ../nbs/15_runs.ipynb #5d6406c6
 import hashlib
@@ -26,7 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
-from .config import Data, Evaluate, Film, Model, Train, UserError
+from .config import Data, Evaluate, Film, Model, Shards, Train, UserError
 from .curriculum import position
 from .data import Store, TrainBatches, eval_batches
 from .evaluate import baseline_features, consistency, embedding, evaluate_features, features, knn_monitor
@@ -36,7 +36,8 @@ from .mae import MAE, build_mae, load_mae, save_mae
 from .masking import Draw
 from .objectives import MaskedAutoencoding, Objective, make_objective, view
 from .patches import unpatchify
-from .trainer import Finding, fit, make_fabric, peak_rate, replay_step
+from .shards import open_shards
+from .trainer import Finding, fit, make_fabric, peak_rate, replay_step, warn
 
 # %% ../nbs/15_runs.ipynb #4cd15bc9
 def build_model(data: Data, model: Model, seed: int, store: Store) -> MAE:
@@ -225,6 +226,18 @@ def open_stores(prepared: Path, data: Data, *splits: str) -> list[Store]:
         )
     return stores
 
+# %% ../nbs/15_runs.ipynb #495c605d
+def batches_of(data: Data, train: Train, shards: Shards, store: Store, seed: int, device, root):
+    """The batches of a run, from the `store` or shards, and what of shards belongs to its fingerprint."""
+    how = {"seed": seed, "device": device, "batch_size": train.batch_size}
+    how |= train.model_dump(include={"crop_scale", "crop_ratio", "flip"})
+    if shards.urls is None:
+        return TrainBatches(store, resident=train.resident, **how), {}
+    how |= {"image_size": data.image_size, "channels": data.channels, "mean": store.mean, "std": store.std}
+    batches = open_shards(root=root, report=warn, **shards.model_dump(), **how)
+    order = shards.model_dump(include={"lanes", "buffer"})
+    return batches, {"shards": {"contents": batches.contents, **order}}
+
 # %% ../nbs/15_runs.ipynb #def62429
 MONITOR_BANK = 2000
 HEALTH_IMAGES = 256
@@ -380,7 +393,8 @@ def replay(folder: str | Path, device: str = "cpu") -> Finding | None:
 # %% ../nbs/15_runs.ipynb #32f432b2
 def pretrain_run(
     *, run: str, seed: int, objective: dict, data: Data, model: Model, train: Train, film: Film,
-    evaluate: Evaluate, folder: str | Path | None = None, report=print, say=None,
+    evaluate: Evaluate, shards: Shards | None = None, folder: str | Path | None = None, report=print,
+    say=None,
 ) -> dict:  # fmt: skip
     """Pretrain one run with one seed, leave it in build/runs/<run>-<seed>/ and return its record.
 
@@ -391,12 +405,11 @@ def pretrain_run(
     torch.set_num_threads(train.threads)
     train_store, val_store = open_stores(root / "build/prepared", data, "train", "val")
     fabric = make_fabric(train.device, train.precision)
-    augmentation = train.model_dump(include={"batch_size", "crop_scale", "crop_ratio", "flip", "resident"})
-    batches = TrainBatches(train_store, seed=seed, device=fabric.device, **augmentation)
+    batches, read = batches_of(data, train, shards or Shards(), train_store, seed, fabric.device, root)
     trained, spent = assemble(objective, data, model, train, seed, train_store, batches)
     watched = evaluate.model_dump(include={"k", "temperature", "batch_size"})
     decisive = train.model_dump(exclude=SAFETY)
-    parts = {"objective": objective, "data": data, "model": model, "train": decisive, "film": film}
+    parts = {"objective": objective, "data": data, "model": model, "train": decisive, "film": film, **read}
     work = workshop(root, name, seed=seed, watched=watched, **parts)
     with Lock(work / "lock", f"the run {name}"):
         recorder = Recorder(val_store, work, seed, len(spent), **film.model_dump())
