@@ -184,7 +184,8 @@ def shard(
 
     `per_shard` images in each at most; `quality` (1…95) of JPEGs for formats that shards don't hold,
     None: PNG. The rest as in `data.prepare`; `image_size` matters to mean and deviation alone. The same
-    input gives the same bytes. DataError for anything wrong with the source, or an `out` that holds something else.
+    input gives the same bytes. DataError for anything wrong with the source, or an `out` that holds
+    something else.
     """
     check_target(Path(out))
     source, tally = find_source(source_root), Tally()
@@ -246,7 +247,8 @@ def read_manifest(where: str) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{where}: no manifest of shards there ({cause(error)}); copy the one that "
-            "`python -m clmae shard` wrote, or let it count shards made elsewhere, and name it in shards.manifest"
+            "`python -m clmae shard` wrote, or let it count shards made elsewhere, and name it in "
+            "shards.manifest"
         ) from None
 
 # %% ../nbs/02_shards.ipynb #455ce0b1
