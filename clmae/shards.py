@@ -276,7 +276,7 @@ class Chosen:
         self.wanted, self.place = wanted, -1
 
     def __call__(self, name: str) -> bool:
-        image = Path(name).suffix.lower() in EXTENSIONS
+        image = f".{Path(name).name.partition('.')[2].lower()}" in EXTENSIONS
         self.place += image
         return image and (self.wanted is None or self.place in self.wanted)
 
@@ -341,12 +341,17 @@ class ShardPlan(Plan):
         if lanes > len(counts) or self.batch_size % lanes:
             problem = f"shards.lanes: {lanes}; must divide the batch of {self.batch_size}"
             raise DataError(f"{problem} and be no more than the {len(counts)} shards")
-        self.counts, self.lanes, self.buffer = np.array(counts), lanes, buffer
+        self.counts, self.lanes, self.buffer, self.lock = np.array(counts), lanes, buffer, threading.Lock()
         self.first = np.cumsum(self.counts) - self.counts
 
     def shards(self, epoch: int, lane: int) -> np.ndarray:
         """The shards of a lane in the order in which they are read."""
         return np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.counts))[lane :: self.lanes]
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """`drawn`, remembered; each lane's thread asks for it, and the first works it out for all."""
+        with self.lock:
+            return super().permutation(epoch)
 
     def drawn(self, epoch: int) -> np.ndarray:
         """The images of an epoch, (steps · b,), in the order of the batches' rows."""
