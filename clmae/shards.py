@@ -245,8 +245,9 @@ def read_manifest(where: str) -> dict:
             manifest = json.loads(stream.read())
         return {**manifest, "shards": dict(manifest["shards"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
+        why = cause(error) if isinstance(error, OSError) else "another kind of file"
         raise DataError(
-            f"{where}: no manifest of shards there ({cause(error)}); copy the one that "
+            f"{where}: no manifest of shards there ({why}); copy the one that "
             "`python -m clmae shard` wrote, or let it count shards made elsewhere, and name it in "
             "shards.manifest"
         ) from None
