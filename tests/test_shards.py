@@ -317,6 +317,7 @@ def server(made):
             pass
 
     serving = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    serving.handle_error = lambda *_: None  # a reader that has enough hangs up
     threading.Thread(target=serving.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{serving.server_port}", asked
     serving.shutdown()
