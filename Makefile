@@ -42,8 +42,9 @@ test: $(ENV) data ## the whole test suite: pytest, then every notebook from top 
 test-long: $(ENV) ## the tests that kill a run at many random moments
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m long
 
-bench: build/bench-venv/.ready-$(KEY) ## time our training steps beside other libraries', into results/bench
+bench: build/bench-venv/.ready-$(KEY) ## time our training steps beside other libraries', and how fast images are read, into results/bench
 	@PATH="$(CURDIR)/build/bench-venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" build/bench-venv/bin/python -m bench.run $(ASK)
+	@PATH="$(CURDIR)/build/bench-venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" build/bench-venv/bin/python -m bench.input $(filter --quick,$(ASK))
 
 lab: $(ENV) ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab nbs

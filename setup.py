@@ -36,6 +36,7 @@ setup(
     packages=find_packages(include=["clmae", "clmae.*"]),
     install_requires=requirements("requirements"),
     extras_require={
+        "stream": requirements("stream_requirements"),
         "repro": requirements("repro_requirements"),
         "dev": requirements("dev_requirements"),
     },

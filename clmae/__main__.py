@@ -13,6 +13,8 @@ from clmae.config import Stopped, UserError
 EXAMPLES = """examples:
   python -m clmae validate                    check params.yaml, run nothing
   python -m clmae prepare                     images in data/ -> build/prepared
+  python -m clmae shard /data/photos /data/shards
+                                              images as tar files, for `shards.urls`
   python -m clmae doctor --run mae            is all there, does it fit, how long will it take?
   python -m clmae pretrain --run mae --seed 0 one run; without options: every run with every seed
   python -m clmae plan --preset huge --gpus 64 --images 1.28M --epochs 800
@@ -72,11 +74,33 @@ def prepare(args):
     print(f"\rbuild/prepared: {counts} images, {len(manifest['skipped'])} files skipped")
 
 
+def shard(args):
+    from clmae import runs, shards
+
+    data, say = valid(args).data, runs.speaker()
+    show = lambda done, total: done % 100 or say(f"{done} of {total} images")  # noqa: E731
+    how = {"image_size": data.image_size, "channels": data.channels}
+    if ".tar" in args.source:
+        found = shards.expand(args.source)
+        manifest = shards.survey(found, args.out, **how, progress=lambda n, of: say(f"{n} of {of} shards"))
+    else:
+        how |= data.model_dump(include={"validation", "max_bad", "min_size", "seed"})
+        how |= {"per_shard": args.per_shard, "quality": args.quality}
+        manifest = shards.shard(args.source, args.out, **how, progress=show)
+    splits = {name: split["images"] for name, split in manifest["splits"].items() if split["images"]}
+    counts = ", ".join(f"{images} {name}" for name, images in splits.items())
+    print(
+        f"\r{args.out}: {len(manifest['shards'])} shards, {counts} images, {len(manifest['skipped'])} skipped"
+    )
+
+
 def pretrain(args):
     from clmae import runs
 
     config = valid(args)
-    sections = {name: getattr(config, name) for name in ("data", "model", "train", "film", "evaluate")}
+    sections = {
+        name: getattr(config, name) for name in ("data", "model", "train", "shards", "film", "evaluate")
+    }
     for run, seed in pairs(args, config):
         runs.pretrain_run(run=run, seed=seed, objective=config.objectives[run], **sections)
 
@@ -212,6 +236,16 @@ def parser():
 
     add(validate, "check the parameters, run nothing")
     add(prepare, "decode, resize and store the images of data.root")
+    command = add(shard, "write images as tar files, for sets too large to prepare; or count such files")
+    command.add_argument("source", metavar="SOURCE", help="a folder as data.root is, or tar files to count")
+    command.add_argument("out", metavar="OUT", help="the folder for shards and manifest.json; replaced whole")
+    command.add_argument(
+        "--per-shard", type=steps, default=1000, metavar="N", help="images of a shard; default: %(default)s"
+    )
+    command.add_argument(
+        "--quality", type=steps, metavar="Q",
+        help="write what is neither JPEG, PNG nor WebP as JPEG of quality Q; default: as PNG",
+    )  # fmt: skip
     add(pretrain, "pretrain; an interrupted run continues from its checkpoint", pair=True)
     add(evaluate, "kNN and linear probe on the frozen features of pretrained encoders", pair=True)
     add(baselines, "the same probes on a random encoder, pixels and PCA")

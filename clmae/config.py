@@ -6,9 +6,9 @@
 __all__ = ['Whole', 'Share', 'Positive', 'Size', 'Beta', 'Betas', 'Area', 'Shape', 'Precision', 'SIZE', 'RANGE', 'Name', 'BLOCKS',
            'WORDS', 'SIGNS', 'SECTIONS', 'CHECKS', 'UserError', 'ConfigError', 'Stopped', 'nearest', 'unknown',
            'as_yaml', 'shown', 'yaml_problem', 'read_yaml', 'Section', 'key', 'square', 'as_tuple', 'ascending', 'Data',
-           'Model', 'Train', 'Film', 'Evaluate', 'Config', 'bounds', 'in_words', 'expected', 'field_at', 'unknown_key',
-           'line', 'check_patches', 'check_heads', 'check_accumulate', 'check_runs', 'check_blocks', 'parse',
-           'read_params', 'rows', 'table']
+           'Model', 'Train', 'Film', 'Evaluate', 'Shards', 'Config', 'bounds', 'in_words', 'expected', 'field_at',
+           'unknown_key', 'line', 'check_patches', 'check_heads', 'check_accumulate', 'check_lanes', 'check_runs',
+           'check_blocks', 'parse', 'read_params', 'rows', 'table']
 
 # %% ../nbs/00_config.ipynb #5d6406c6
 import difflib
@@ -244,6 +244,33 @@ class Evaluate(Section):
     embedding_images: int = key(1500, "test images in the 2-D embedding", "images", ge=10)
     seed: int = key(0, "seed of the split, the resamples and the embedding", ge=0)
 
+# %% ../nbs/00_config.ipynb #24f29040
+class Shards(Section):
+    """Training images as tar files, read from end to end, where they don't fit a prepared store."""
+
+    urls: str | None = key(
+        None,
+        "tar files to pretrain on instead of the prepared training images",
+        allowed="a path or URL with {000..099} or *, or pipe:command",
+    )
+    manifest: str | None = key(
+        None, "path or URL of their manifest; null: manifest.json beside them", allowed="a path or URL"
+    )
+    lanes: int = key(
+        1, "streams that a batch is made of; as many processes can each read their own part", ge=1
+    )
+    buffer: int = key(4096, "images among which a lane is shuffled, kept in memory encoded", "images", ge=1)
+    workers: int | None = key(None, "threads that decode; null: one for each core", "threads", ge=1)
+    retries: int = key(3, "how often a shard that can't be read is tried again", ge=0)
+    pause: float = key(1.0, "time before it is tried again", "seconds", ge=0)
+    max_lost: float = key(
+        0.01,
+        "share of shards that may be lost (each is reported, and one is always allowed, unless 0)",
+        "share",
+        ge=0,
+        le=1,
+    )
+
 # %% ../nbs/00_config.ipynb #698a5589
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 BLOCKS = "blocks of keys under names of letters, digits and _"
@@ -265,6 +292,7 @@ class Config(Section):
     data: Data = Data()
     model: Model = Model()
     train: Train = Train()
+    shards: Shards = Shards()
     film: Film = Film()
     evaluate: Evaluate = Evaluate()
     objectives: dict[Name, dict[str, Any]] = key(
@@ -367,6 +395,13 @@ def check_accumulate(config):
     if batch % parts:
         yield f"train.accumulate: {parts} does not divide train.batch_size {batch}"
 
+
+def check_lanes(config):
+    """A batch splits into equal lanes, where it is read from shards."""
+    batch, lanes = config.train.batch_size, config.shards.lanes
+    if config.shards.urls is not None and batch % lanes:
+        yield f"shards.lanes: {lanes} does not divide train.batch_size {batch}"
+
 # %% ../nbs/00_config.ipynb #ee473831
 def check_runs(config):
     """Every run is a block of objectives; nothing is named twice."""
@@ -387,7 +422,7 @@ def check_blocks(config):
             yield f"objectives.{name}.objective: missing; expected the name of an objective, such as mae"
 
 
-CHECKS = [check_patches, check_heads, check_accumulate, check_runs, check_blocks]
+CHECKS = [check_patches, check_heads, check_accumulate, check_lanes, check_runs, check_blocks]
 
 # %% ../nbs/00_config.ipynb #68a20cdf
 def parse(values) -> Config:

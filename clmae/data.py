@@ -808,10 +808,14 @@ class Plan:
         self.steps_per_epoch, self.order = n // self.batch_size, {}
         self.scale, self.ratio, self.flip = scale, ratio, flip
 
+    def drawn(self, epoch: int) -> np.ndarray:
+        """The order (n,) of an epoch."""
+        return np.random.default_rng([self.seed, 0, epoch]).permutation(self.n)
+
     def permutation(self, epoch: int) -> np.ndarray:
-        """The order (n,) of an epoch; this one and its neighbours are remembered."""
+        """The same; this epoch's and its neighbours' are remembered."""
         if epoch not in self.order:
-            drawn = np.random.default_rng([self.seed, 0, epoch]).permutation(self.n)
+            drawn = self.drawn(epoch)
             self.order = {e: o for e, o in self.order.items() if abs(e - epoch) == 1} | {epoch: drawn}
         return self.order[epoch]
 

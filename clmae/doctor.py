@@ -136,11 +136,12 @@ def images(config: Config, root: Path) -> Iterator[Check]:
         yield Check("note", "prepared", "not yet: run `python -m clmae prepare`, then look again")
 
 # %% ../nbs/19_doctor.ipynb #90ff4e9a
-def rehearse(config: Config, run: str, stores, seed: int) -> Course:
+def rehearse(config: Config, run: str, stores, seed: int, root: Path = Path(".")) -> Course:
     """The course of a run, before its first step; `stores` are train and validation images."""
     train, sections = config.train, (config.data, config.model, config.train)
     fabric = make_fabric(train.device, train.precision)
-    batches = runs.training_batches(stores[0], train, seed, fabric.device)
+    source = (config.data, train, config.shards, stores[0], seed, fabric.device, root)
+    batches, _ = runs.batches_of(*source)
     with memory_advice(batches.batch_size, train.accumulate):
         objective, spent = runs.assemble(config.objectives[run], *sections, seed, stores[0], batches)
         settings = runs.course_settings(train, batches.batch_size, len(spent), seed)
@@ -242,7 +243,7 @@ def trial(config: Config, run: str, root: Path, count: int) -> Iterator[Check]:
     """Learning rate, memory, disk, and, if all that fits, `count` measured steps of a run."""
     torch.set_num_threads(config.train.threads)
     seed, stores = config.seeds[0], runs.open_stores(root / "build/prepared", config.data, "train", "val")
-    course = rehearse(config, run, stores, seed)
+    course = rehearse(config, run, stores, seed, root)
     yield rate(course, config.train)
     fits = memory(course, config.train, cost.free_memory(course.fabric.device))
     yield fits

@@ -7,8 +7,8 @@ __all__ = ['MONITOR_BANK', 'HEALTH_IMAGES', 'SAFETY', 'CONSISTENCY_IMAGES', 'bui
            'plan', 'knn_every', 'write_curves', 'Milestones', 'to_pixels', 'spread', 'part_of', 'shot_of', 'Shooting',
            'Recorder', 'fingerprint', 'speaker', 'open_stores', 'thinned', 'Reader', 'validation_monitor', 'assemble',
            'one_line', 'course_settings', 'memory_adviser', 'train_it', 'summary', 'leave', 'write_time', 'recipe_of',
-           'training_batches', 'decisive', 'workshop', 'health_monitor', 'pretrain_run', 'splits', 'probes',
-           'write_map', 'evaluate_run', 'baselines_run', 'replay']
+           'batches_of', 'decisive', 'workshop', 'health_monitor', 'pretrain_run', 'splits', 'probes', 'write_map',
+           'evaluate_run', 'baselines_run', 'replay']
 
 # %% ../nbs/15_runs.ipynb #5d6406c6
 import hashlib
@@ -27,7 +27,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
-from .config import Data, Evaluate, Film, Model, Train, UserError
+from .config import Data, Evaluate, Film, Model, Shards, Train, UserError
 from .cost import advise, free_memory
 from .curriculum import position
 from .data import Store, TrainBatches, eval_batches
@@ -38,7 +38,8 @@ from .mae import MAE, build_mae, load_mae, save_mae
 from .masking import Draw
 from .objectives import MaskedAutoencoding, Objective, View, make_objective, view
 from .patches import unpatchify
-from .trainer import Finding, fit, make_fabric, peak_rate, replay_step
+from .shards import open_shards
+from .trainer import Finding, fit, make_fabric, peak_rate, replay_step, warn
 
 # %% ../nbs/15_runs.ipynb #4cd15bc9
 def build_model(data: Data, model: Model, seed: int, store: Store) -> MAE:
@@ -423,11 +424,17 @@ def recipe_of(
         **sections, **images,
     }  # fmt: skip
 
-# %% ../nbs/15_runs.ipynb #188c592b
-def training_batches(store: Store, train: Train, seed: int, device) -> TrainBatches:
-    """The batches that the train section asks for."""
-    augmentation = train.model_dump(include={"batch_size", "crop_scale", "crop_ratio", "flip", "resident"})
-    return TrainBatches(store, seed=seed, device=device, **augmentation)
+# %% ../nbs/15_runs.ipynb #495c605d
+def batches_of(data: Data, train: Train, shards: Shards, store: Store, seed: int, device, root):
+    """The batches of a run, from the `store` or shards, and what of shards belongs to its fingerprint."""
+    how = {"seed": seed, "device": device, "batch_size": train.batch_size}
+    how |= train.model_dump(include={"crop_scale", "crop_ratio", "flip"})
+    if shards.urls is None:
+        return TrainBatches(store, resident=train.resident, **how), {}
+    how |= {"image_size": data.image_size, "channels": data.channels, "mean": store.mean, "std": store.std}
+    batches = open_shards(root=root, report=warn, **shards.model_dump(), **how)
+    order = shards.model_dump(include={"lanes", "buffer"})
+    return batches, {"shards": {"contents": batches.contents, **order}}
 
 # %% ../nbs/15_runs.ipynb #2e87a264
 def decisive(objective: dict, data: Data, model: Model, train: Train, film: Film, evaluate: Evaluate) -> dict:
@@ -455,7 +462,8 @@ def health_monitor(val_store: Store, evaluate: Evaluate, device, seed: int, fold
 # %% ../nbs/15_runs.ipynb #32f432b2
 def pretrain_run(
     *, run: str, seed: int, objective: dict, data: Data, model: Model, train: Train, film: Film,
-    evaluate: Evaluate, folder: str | Path | None = None, report=print, say=None,
+    evaluate: Evaluate, shards: Shards | None = None, folder: str | Path | None = None, report=print,
+    say=None,
 ) -> dict:  # fmt: skip
     """Pretrain one run with one seed, leave it in build/runs/<run>-<seed>/ and return its record.
 
@@ -466,9 +474,10 @@ def pretrain_run(
     torch.set_num_threads(train.threads)
     train_store, val_store = open_stores(root / "build/prepared", data, "train", "val")
     fabric = make_fabric(train.device, train.precision)
-    batches = training_batches(train_store, train, seed, fabric.device)
+    batches, read = batches_of(data, train, shards or Shards(), train_store, seed, fabric.device, root)
     trained, spent = assemble(objective, data, model, train, seed, train_store, batches)
-    work = workshop(root, name, seed=seed, **decisive(objective, data, model, train, film, evaluate))
+    parts = decisive(objective, data, model, train, film, evaluate) | read
+    work = workshop(root, name, seed=seed, **parts)
     with Lock(work / "lock", f"the run {name}"):
         recorder = Recorder(val_store, work, seed, len(spent), **film.model_dump())
         monitor = validation_monitor(train_store, val_store, evaluate, fabric.device)

@@ -5,14 +5,18 @@ import math
 from dataclasses import replace
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
 
 from bench import contestants, run
+from bench import input as reading
 from bench.contestants import Contestant, same_loss, same_size
 from clmae.config import read_params
+from clmae.data import cores
 from clmae.files import find_root
 from clmae.losses import GAUSS_WEIGHT
+from clmae.machine import machine
 from clmae.masking import Draw
 from clmae.objectives import make_objective
 
@@ -143,3 +147,26 @@ def test_a_quick_run_prints_a_table_and_leaves_records_and_figure(tmp_path, caps
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
     assert {path.name for path in tmp_path.iterdir()} == {"quick.json", "speed.png", "speed.svg"}
+
+
+def test_photographs_have_the_spectrum_of_photographs():
+    image = reading.photograph(np.random.default_rng(0), (96, 128))
+    assert image.shape == (96, 128, 3) and image.dtype == np.uint8 and image.std() > 30
+    power = np.abs(np.fft.rfft2(image.mean(2) - image.mean())) ** 2
+    f = np.hypot(np.fft.fftfreq(96)[:, None], np.fft.rfftfreq(128)[None])
+    inside = (f > 0.02) & (f < 0.2)
+    slope = np.polyfit(np.log(f[inside]), np.log(power[inside]), 1)[0]
+    assert -2.5 < slope < -1.5  # power falls as 1/f²
+
+
+def test_every_way_to_read_is_measured_beside_the_training():
+    record = reading.measure(reading.QUICK, "cpu", "32")
+    paths = [(row["path"], row["workers"]) for row in record["paths"]]
+    assert paths[:3] == [("device-resident", None), ("memory map", None), ("shards", 1)]
+    assert paths[-1] == ("shards", cores())
+    for row in record["paths"]:
+        ratio = row["images_per_second"]["median"] / record["training"]["images_per_second"]["median"]
+        assert row["times_training"] == pytest.approx(ratio, rel=0.1)
+        assert row["bottleneck"] == (row["times_training"] < 1)
+    whole = {"device": "cpu", "machine": machine("cpu"), "sizes": [record]}
+    assert reading.table(whole).count("shards") == len(paths) - 2

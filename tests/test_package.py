@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 # A module imports only from those to its left (nbs/00_config ... nbs/19_doctor, then the command line).
-ORDER = """config files scenes data machine patches masking vit mae masker curriculum teacher losses
-           estimators objectives trainer evaluate health figures pipeline cost runs difficulty doctor
+ORDER = """config files scenes data shards machine patches masking vit mae masker curriculum teacher
+           losses estimators objectives trainer evaluate health figures pipeline cost runs difficulty doctor
            __main__""".split()
 MODULES = [path for path in sorted((ROOT / "clmae").glob("*.py")) if path.stem not in {"__init__", "_modidx"}]
 
@@ -68,7 +68,9 @@ def python(code: str, **kwargs) -> subprocess.CompletedProcess:
 # ---- what it needs
 
 
-@pytest.mark.parametrize("key", ["requirements", "repro_requirements", "dev_requirements"])
+@pytest.mark.parametrize(
+    "key", ["requirements", "stream_requirements", "repro_requirements", "dev_requirements"]
+)
 def test_every_requirement_is_locked_at_a_version_it_allows(key):
     pins = locked()
     for name, requirement in required(key).items():
@@ -106,7 +108,7 @@ def test_extras_of_the_build_are_those_of_settings():
     assert done.returncode == 0, done.stderr
     built = json.loads(done.stdout)
     assert built["install_requires"] == settings()["requirements"].split()
-    assert set(built["extras_require"]) == {"repro", "dev"}
+    assert set(built["extras_require"]) == {"stream", "repro", "dev"}
     assert built["version"] == settings()["version"]
 
 
