@@ -210,6 +210,9 @@ class Train(Section):
         10.0, "a checkpoint every so many minutes, besides one per epoch; null: none between", "minutes", gt=0
     )
     keep_checkpoints: int = key(2, "newest checkpoints that are kept; a damaged one is passed over", ge=1)
+    checkpoint_activations: bool = key(
+        False, "keep only the inputs of encoder and decoder blocks for backward and compute the rest again"
+    )
     nonfinite: Literal["stop", "skip"] = key(
         "stop", "a loss or gradient that is no number stops the run, or its step is skipped (a few per epoch)"
     )

@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 
@@ -36,7 +37,8 @@ from .mae import MAE, build_mae, load_mae, save_mae
 from .masking import Draw
 from .objectives import MaskedAutoencoding, Objective, View, make_objective, view
 from .patches import unpatchify
-from .trainer import Finding, fit, make_fabric, peak_rate, replay_step
+from .trainer import Finding, fit, launch, make_fabric, peak_rate, replay_step
+from .vit import checkpoint_activations
 
 # %% ../nbs/15_runs.ipynb #4cd15bc9
 def build_model(data: Data, model: Model, seed: int, store: Store) -> MAE:
@@ -357,7 +359,7 @@ def write_time(path: Path, seconds: float, steps: int, train: Train) -> None:
     write_json(path, {"seconds": round(seconds, 1), "steps": steps, **machine})
 
 # %% ../nbs/15_runs.ipynb #cdd8fce8
-SAFETY = {"checkpoint_minutes", "keep_checkpoints", "nonfinite"}
+SAFETY = {"checkpoint_minutes", "keep_checkpoints", "nonfinite", "checkpoint_activations"}
 
 
 def recipe_of(
@@ -414,11 +416,13 @@ def pretrain_run(
     root, name, began = home(folder), f"{run}-{seed}", time.monotonic()
     torch.set_num_threads(train.threads)
     train_store, val_store = open_stores(root / "build/prepared", data, "train", "val")
-    fabric = make_fabric(train.device, train.precision)
+    fabric = launch(train.device, train.precision)
+    first = fabric.is_global_zero
     batches = training_batches(train_store, train, seed, fabric.device)
     trained, spent = assemble(objective, data, model, train, seed, train_store, batches)
+    checkpoint_activations(trained.mae, train.checkpoint_activations)
     work = workshop(root, name, seed=seed, **decisive(objective, data, model, train, film, evaluate))
-    with Lock(work / "lock", f"the run {name}"):
+    with Lock(work / "lock", f"the run {name}") if first else nullcontext():
         recorder = Recorder(val_store, work, seed, len(spent), **film.model_dump())
         monitor = validation_monitor(train_store, val_store, evaluate, fabric.device)
         health = health_monitor(val_store, evaluate, fabric.device, seed, work)
@@ -428,9 +432,10 @@ def pretrain_run(
             recipe=recipe_of(objective, data, model, train, seed, train_store, len(spent), batches),
         )  # fmt: skip
         record = summary(run, seed, trained, batches, history)
-        leave(root, name, work, trained, recorder, history, record)
-    shutil.rmtree(work)
-    write_time(root / "build/timings" / f"{name}.json", time.monotonic() - began, len(spent), train)
+        if first:
+            leave(root, name, work, trained, recorder, history, record)
+            shutil.rmtree(work)
+            write_time(root / "build/timings" / f"{name}.json", time.monotonic() - began, len(spent), train)
     return record
 
 # %% ../nbs/15_runs.ipynb #9fb3cfaf

@@ -23,13 +23,17 @@ from .masking import Draw
 
 # %% ../nbs/09_world.ipynb #e0749acf
 def launched() -> tuple[int, int]:
-    """How many processes a launcher (torchrun, srun) has started with this one: in all, and on this machine."""
+    """How many processes a launcher (torchrun, srun) has started with this one: in all, and on this machine.
+
+    UserError for srun without --ntasks-per-node.
+    """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment().world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
-    if SLURMEnvironment.detect() and "SLURM_STEP_NUM_TASKS" in os.environ:
-        size = SLURMEnvironment().world_size()
-        return size, size // int(os.environ.get("SLURM_NNODES", "1"))
-    return 1, 1
+    if not SLURMEnvironment.detect() or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return 1, 1
+    if "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise UserError("SLURM: say how many processes a machine gets by --ntasks-per-node")
+    return int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
 
 # %% ../nbs/09_world.ipynb #b27dd3d3
 Thing = TypeVar("Thing")
@@ -112,7 +116,7 @@ class Agreement:
         self.said = None
 
 # %% ../nbs/09_world.ipynb #f34542a7
-LOST = ("gloo", "nccl", "process group", "connection", "store", "timed out", "timeout")
+LOST = ("gloo", "nccl", "process group", "connection", "timed out", "timeout")
 
 
 def is_lost(world: World, error: RuntimeError) -> bool:

@@ -72,7 +72,9 @@ def train(recipe: str, folder: Path, fabric, accumulate: int = 1) -> None:
     objective = cook(recipe)
     work = folder / f"work-{recipe}" if (folder / "work").exists() else None
     settings = {"steps": 20, "rate": 3e-3, "clip": 1.0, "accumulate": accumulate}
-    history = trainer.fit(objective, Noise(folder, fabric.global_rank), folder=work, fabric=fabric, **settings)
+    history = trainer.fit(
+        objective, Noise(folder, fabric.global_rank), folder=work, fabric=fabric, **settings
+    )
     ends = torch.cat([value.double().flatten() for value in objective.state_dict().values()])
     everywhere = fabric.all_gather(ends).view(-1, len(ends))
     assert (everywhere == ends).all(), "the processes end with different weights"
