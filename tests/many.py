@@ -1,9 +1,10 @@
-"""Trains small objectives in as many processes as a launcher has started; `test_distributed` compares the weights.
+"""Trains small objectives in as many processes as were launched; `test_distributed` compares the weights.
 
-    python -m torch.distributed.run --nproc-per-node 2 --standalone tests/many.py FOLDER RECIPE[@ACCUMULATE] ...
+    python -m torch.distributed.run --nproc-per-node 2 --standalone tests/many.py FOLDER RECIPE[@SLICES] ...
 
 Weights and history go to FOLDER/RECIPE.json, checkpoints to FOLDER/work-RECIPE if FOLDER/work exists. A file
-FOLDER/kill-RANK holds the step at which that process kills itself; FOLDER/ask-RANK one at which it is asked to stop.
+FOLDER/kill-RANK-RECIPE holds the step at which that process kills itself, FOLDER/ask-RANK-RECIPE one at
+which it is asked to stop.
 """
 
 import os
@@ -20,12 +21,17 @@ from clmae.objectives import make_objective, objectives
 
 TOKEN = {"depth": 1, "heads": 2, "head": "token"}
 CHANCE = {"temperature": 0.5, "masker": TOKEN}
-RECIPES = {name: (name, {"masker": {"depth": 1, "heads": 2}} if "cl_" in name else {}) for name in objectives} | {
-    "rank, reach": ("cl_mae", {"estimator": "rank", "share": 0.8, "masker": {**TOKEN, "reach": 1, "every": 3}}),
+SMALL = {"masker": {"depth": 1, "heads": 2}}
+RECIPES = {name: (name, SMALL if "cl_" in name else {}) for name in objectives} | {
+    "rank, reach": (
+        "cl_mae", {"estimator": "rank", "share": 0.8, "masker": {**TOKEN, "reach": 1, "every": 3}}
+    ),
     "rank, pairs": ("cl_mae", {"estimator": {"name": "rank", "loss": "pairs"}, **CHANCE}),
     "rank, few": ("cl_mae", {"estimator": "rank", "masker": {**TOKEN, "fraction": 0.25}}),
     "policy": ("cl_mae", {"estimator": "policy", **CHANCE}),
-    "soft, few": ("cl_mae", {"kl": "released", "reconstruction": "released", "masker": {**TOKEN, "fraction": 0.6}}),
+    "soft, few": (
+        "cl_mae", {"kl": "released", "reconstruction": "released", "masker": {**TOKEN, "fraction": 0.6}}
+    ),
     "soft parts": ("cl_emae", {"diversity": "released", "relaxation": "scale", "masker": TOKEN}),
     "policy parts": ("cl_emae", {"estimator": "policy", "grouping": "deal", **CHANCE}),
     "excess": ("cl_rc_emae", {"estimator": "rank", "excess": True, **CHANCE}),
@@ -34,7 +40,6 @@ RECIPES = {name: (name, {"masker": {"depth": 1, "heads": 2}} if "cl_" in name el
     ),
     "different": ("rc_mae", {"teacher": {"mask": "different"}}),
     "hard": ("mae", {"mask": {"name": "hard", "end": 0.9, "momentum": 0.5}}),
-    "noise": ("mae", {"mask": "noise"}),
 }  # fmt: skip
 
 
@@ -43,10 +48,10 @@ class Noise:
 
     batch_size, steps_per_epoch = 12, 4
 
-    def __init__(self, folder: Path, rank: int):
+    def __init__(self, folder: Path, who: str):
         coarse = torch.randn(48, 3, 4, 4, generator=torch.Generator().manual_seed(0))
         self.images = torch.nn.functional.interpolate(coarse, (16, 16), mode="bilinear")
-        self.kill, self.ask = (self.step_of(folder / f"{word}-{rank}") for word in ("kill", "ask"))
+        self.kill, self.ask = (self.step_of(folder / f"{word}-{who}") for word in ("kill", "ask"))
 
     def step_of(self, path: Path) -> int:
         return int(path.read_text()) if path.exists() else -1
@@ -73,7 +78,7 @@ def train(recipe: str, folder: Path, fabric, accumulate: int = 1) -> None:
     work = folder / f"work-{recipe}" if (folder / "work").exists() else None
     settings = {"steps": 20, "rate": 3e-3, "clip": 1.0, "accumulate": accumulate}
     history = trainer.fit(
-        objective, Noise(folder, fabric.global_rank), folder=work, fabric=fabric, **settings
+        objective, Noise(folder, f"{fabric.global_rank}-{recipe}"), folder=work, fabric=fabric, **settings
     )
     ends = torch.cat([value.double().flatten() for value in objective.state_dict().values()])
     everywhere = fabric.all_gather(ends).view(-1, len(ends))
@@ -85,16 +90,16 @@ def train(recipe: str, folder: Path, fabric, accumulate: int = 1) -> None:
 def main(folder: str, recipes: list[str]) -> int:
     """0: done; 2: a clear line on stderr."""
     torch.set_num_threads(1)
-    try:
-        fabric = trainer.launch("cpu", "64")
-        for recipe in recipes:
-            recipe, _, accumulate = recipe.partition("@")
+    fabric = trainer.launch("cpu", "64")
+    for recipe in recipes:
+        recipe, _, accumulate = recipe.partition("@")
+        try:
             train(recipe, Path(folder), fabric, int(accumulate or 1))
-    except Stopped as stopped:
-        print(f"clmae: {stopped}", file=sys.stderr)
-    except UserError as error:
-        print(f"clmae: error: {error}", file=sys.stderr)
-        return 2
+        except Stopped as stopped:
+            print(f"clmae: {stopped}", file=sys.stderr)
+        except UserError as error:
+            print(f"clmae: error: {error}", file=sys.stderr)
+            return 2
     return 0
 
 
