@@ -12,6 +12,7 @@ from clmae.masker import attend, relaxations
 from clmae.masking import Draw
 from clmae.objectives import IGNORABLE, CurriculumLearnedMasking, Turns, make_objective, objectives, view
 from clmae.patches import patchify
+from clmae.vit import checkpoint_activations
 
 everyone = pytest.mark.parametrize("name", sorted(objectives))
 SMALL = {"width": 32, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
