@@ -16,7 +16,7 @@ EXAMPLES = """examples:
   python -m clmae prepare                     images in data/ -> build/prepared
   python -m clmae doctor --run mae            is all there, does it fit, how long will it take?
   python -m clmae pretrain --run mae --seed 0 one run; without options: every run with every seed
-  torchrun --nproc-per-node 8 -m clmae pretrain --run mae --seed 0
+  torchrun --nproc-per-node 8 -m -- clmae pretrain --run mae --seed 0
                                               the same on eight devices, batch and result the same
   python -m clmae plan --preset huge --gpus 64 --images 1.28M --epochs 800
                                               memory, steps, hours, learning rate: a prediction
