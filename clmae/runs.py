@@ -273,7 +273,9 @@ def assemble(objective: dict, data: Data, model: Model, train: Train, seed: int,
 
     spent = plan(make(train.epochs), yardstick, data, train, batches)
     epochs = -(-len(spent) // batches.steps_per_epoch)
-    return make(epochs), spent
+    trained = make(epochs)
+    checkpoint_activations(trained.mae, train.checkpoint_activations)
+    return trained, spent
 
 # %% ../nbs/15_runs.ipynb #a6d215bb
 def one_line(record: dict) -> str:
@@ -410,19 +412,16 @@ def pretrain_run(
 ) -> dict:  # fmt: skip
     """Pretrain one run with one seed, leave it in build/runs/<run>-<seed>/ and return its record.
 
-    The record is what results/ gets. An unfinished run of the same parameters is continued from its
-    checkpoint. Raises UserError for mistakes.
+    An unfinished run of the same parameters goes on from its checkpoint. Raises UserError for mistakes.
     """
     root, name, began = home(folder), f"{run}-{seed}", time.monotonic()
     torch.set_num_threads(train.threads)
     train_store, val_store = open_stores(root / "build/prepared", data, "train", "val")
     fabric = launch(train.device, train.precision)
-    first = fabric.is_global_zero
     batches = training_batches(train_store, train, seed, fabric.device)
     trained, spent = assemble(objective, data, model, train, seed, train_store, batches)
-    checkpoint_activations(trained.mae, train.checkpoint_activations)
     work = workshop(root, name, seed=seed, **decisive(objective, data, model, train, film, evaluate))
-    with Lock(work / "lock", f"the run {name}") if first else nullcontext():
+    with Lock(work / "lock", f"the run {name}") if fabric.is_global_zero else nullcontext():
         recorder = Recorder(val_store, work, seed, len(spent), **film.model_dump())
         monitor = validation_monitor(train_store, val_store, evaluate, fabric.device)
         health = health_monitor(val_store, evaluate, fabric.device, seed, work)
@@ -432,7 +431,7 @@ def pretrain_run(
             recipe=recipe_of(objective, data, model, train, seed, train_store, len(spent), batches),
         )  # fmt: skip
         record = summary(run, seed, trained, batches, history)
-        if first:
+        if fabric.is_global_zero:
             leave(root, name, work, trained, recorder, history, record)
             shutil.rmtree(work)
             write_time(root / "build/timings" / f"{name}.json", time.monotonic() - began, len(spent), train)

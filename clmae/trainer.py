@@ -40,7 +40,7 @@ from .files import fresh_dir, read_json, read_tensors, sha256, write_json, write
 from .mae import fill
 from .masking import Draw
 from .objectives import Loss, Objective, Tally
-from .world import Agreement, World, companions, launched, from_first, mean_of
+from .world import Agreement, World, companions, from_first, launched, mean_of
 
 # %% ../nbs/11_trainer.ipynb #1ffb9fb7
 def tokens_of(net: nn.Module) -> list[str]:
@@ -561,7 +561,8 @@ class Notice:
         """Raise Stopped if a signal was given to any process; the checkpoint of `step` has been written."""
         if given > 1:
             raise Stopped(
-                f"stopped by {signal.Signals(given).name} after step {step} of {steps}, which is saved; run the same to go on"
+                f"stopped by {signal.Signals(given).name} after step {step} of {steps}, which is saved; "
+                f"run the same to go on"
             )
 
     def __exit__(self, *_):
@@ -683,12 +684,11 @@ def fit(
 ) -> list[dict]:
     """Train `objective` for `steps` optimizer steps at peak learning rate `rate`; `settings`: of `begin`.
 
-    Returns the history, one record per epoch. Of several processes only the first writes, monitors and says
-    anything. The newest of the `keep` checkpoints in `folder` is continued;
+    Returns the history, one record per epoch. Of several processes the first alone writes and speaks. The
+    newest of the `keep` checkpoints in `folder` is continued;
     one is written per epoch and every so many `minutes`. `monitors` are called with (record, objective) and
     return what to add to the record. `recipe` is kept with an incident: how the objective was made.
-    Raises UserError for a loss that is not finite, a checkpoint of another shape of model, a full disk or
-    a full memory, and Stopped after SIGTERM or SIGUSR1.
+    Raises UserError for what can't go on, and Stopped after SIGTERM or SIGUSR1.
     """
     course = begin(objective, batches, fabric=fabric, **settings)
     checkpoints = Checkpoints(folder, keep, minutes)

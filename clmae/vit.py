@@ -53,7 +53,7 @@ def forgetful(block: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def checkpoint_activations(net: nn.Module, on: bool = True) -> None:
-    """Make every trunk in `net` keep only the inputs of its blocks for backward, or (`on` False) everything."""
+    """Make every trunk in `net` keep for backward its blocks' inputs only, or (`on` False) everything."""
     for module in net.modules():
         if isinstance(module, Trunk):
             module.again = on

@@ -134,7 +134,7 @@ def companions(world: World):
         if not is_lost(world, error):
             raise
         raise UserError(
-            f"process {world.rank} of {world.size}: another process of this run has ended or doesn't answer "
-            f"(what it said itself is the reason); run the same, with as many processes as you like, to go on "
-            f"from the last checkpoint"
+            f"process {world.rank} of {world.size}: another process of this run has ended or doesn't "
+            f"answer (what it said itself is the reason); run the same, with as many processes as you like, "
+            f"to go on from the last checkpoint"
         ) from None
