@@ -150,9 +150,8 @@ class Soft(Estimator):
         `predict` takes logits to patches; target: (b, n, v). `whole` brings together what belongs to the
         images of one batch, where several processes share it.
         """
-        patches = predict(as_logits(logits))
-        error = whole(patch_error(patches, target.repeat(len(patches) // len(target), 1, 1)))
-        score = as_scores(whole(logits))
+        score, parts = as_scores(whole(logits)), 1 if logits.ndim == 2 else logits.shape[2]
+        error = whole(patch_error(predict(as_logits(logits)), target.repeat(parts, 1, 1)))
         terms = {"reconstruction": soft_reconstructions[self.reconstruction](error, score)}
         return Terms(terms | self.shape.terms(score), {"reconstruction": factor, **self.shape.weights})
 
