@@ -4,6 +4,7 @@ All commands need the package alone, but `stage` and `verify`, which also need t
 """
 
 import argparse
+import os
 import signal
 import sys
 from itertools import product
@@ -17,6 +18,8 @@ EXAMPLES = """examples:
                                               images as tar files, for `shards.urls`
   python -m clmae doctor --run mae            is all there, does it fit, how long will it take?
   python -m clmae pretrain --run mae --seed 0 one run; without options: every run with every seed
+  torchrun --nproc-per-node 8 -m -- clmae pretrain --run mae --seed 0
+                                              the same on eight devices, batch and result the same
   python -m clmae plan --preset huge --gpus 64 --images 1.28M --epochs 800
                                               memory, steps, hours, learning rate: a prediction
   python -m clmae replay build/work/mae-0-1f00/incident
@@ -283,6 +286,11 @@ def parser():
     return top
 
 
+def first_process():
+    """Whether this process speaks for all that torchrun or srun has started."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def main(argv=None) -> int:
     """Run a command; 0 fine, 1 failed, 2 the user's mistake (one line on stderr), 130 interrupted.
 
@@ -293,9 +301,12 @@ def main(argv=None) -> int:
     args = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if args.call is not pretrain and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise UserError(f"{args.call.__name__} runs in one process; start it without torchrun")
         return args.call(args) or 0
     except Stopped as error:
-        print(f"\nclmae: {error}", file=sys.stderr)
+        if first_process():  # all were stopped together
+            print(f"\nclmae: {error}", file=sys.stderr)
         return 2 if args.call is stage else 0
     except UserError as error:
         return complain(error, 2)

@@ -214,6 +214,9 @@ class Train(Section):
         None, "a network kept for good every so many epochs, beside the last; null: none", "epochs", ge=1
     )
     keep_best: bool = key(True, "also keep the network with the best validation kNN")
+    checkpoint_activations: bool = key(
+        False, "keep only the inputs of encoder and decoder blocks for backward and compute the rest again"
+    )
     nonfinite: Literal["stop", "skip"] = key(
         "stop", "a loss or gradient that is no number stops the run, or its step is skipped (a few per epoch)"
     )

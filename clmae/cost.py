@@ -395,8 +395,8 @@ def advise(objective: MaskedAutoencoding, room: float, gpus: int = 1, **how) -> 
         if count is None:
             return f"by the cost model not even one image would {said}; {cut_into(batch, None)}"
         if count <= accumulate:
-            return f"by the cost model they {said}; {halve(batch, accumulate)}"
-        return f"by the cost model {batch // gpus // count} images {said}; {cut_into(batch, count)}"
+            return f"by the cost model they {said}; {halve(batch, accumulate, gpus)}"
+        return f"by the cost model {batch // gpus // count} images {said}; {cut_into(batch, count, gpus)}"
 
     return advice
 

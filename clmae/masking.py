@@ -281,9 +281,13 @@ class Draw(Rows):
 
 # %% ../nbs/04_masking.ipynb #a9fe2eb9
 class Hiding:
-    """What an objective asks which patches to hide. A subclass needs `ratio` and `order`."""
+    """What an objective asks which patches to hide.
+
+    A subclass needs `ratio` and `order`. One with a `learn` of its own says so by `learns`.
+    """
 
     ratio: float
+    learns = False  # whether the errors of the whole batch must be brought together for it
 
     def order(self, tokens: Tensor, pos: float, draw: Draw) -> Tensor:
         """The patch ids (b, n) of tokens (b, n, d), those to keep first, on the tokens' device."""
@@ -434,6 +438,8 @@ class Hard(Difficulty, Hiding):
 
     The hardest positions make up a share of what is hidden that goes from `start` to `end`.
     """
+
+    learns = True
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ from .masking import Draw, Hiding, Mask, hidings, keep_count, make_hiding, part_
 from .patches import patchify, standardise, unstandardise
 from .teacher import Teacher, Watching
 from .vit import call_detached
+from .world import World, first_rows
 
 # %% ../nbs/10_objectives.ipynb #b6c80352
 class Loss(NamedTuple):
@@ -80,6 +81,7 @@ class Objective(nn.Module):
             self.add_module(name, net)
         self.nets = dict(nets)
         self.calls: dict[str, Callable] = dict(nets)
+        self.world = World()
         self.tally = Tally()
 
     @property
@@ -232,12 +234,15 @@ class MaskedAutoencoding(Watched):
             terms["consistency"] = self.agreeing.weight, consistency(views, hidden, self.parts, distance)
         if taught is not None and self.watching.weight:
             distance = patch_error(views, taught.to(views.dtype))
+            if self.watching.mask == "different":  # images then count by what both miss: a ratio of sums
+                distance, both = self.world.together(distance), self.world.together(both)
             terms["teacher"] = self.watching.weight, hidden_mean(distance, both)
         return terms
 
     def learn_from(self, tokens: Tensor, hidden: Tensor, error: Tensor, draw: Draw) -> None:
         """Hand what this (micro-)batch has shown to whoever hides: errors (K·b, n), detached."""
-        self.hiding.learn(error, hidden)
+        if self.hiding.learns:
+            self.hiding.learn(self.world.together(error), self.world.together(hidden))
 
 # %% ../nbs/10_objectives.ipynb #6c07a4a8
 @dataclass
@@ -457,9 +462,9 @@ class CurriculumLearnedMasking(MaskedAutoencoding):
     def loss(self, phase: str, images: Tensor, pos: float, draw: Draw) -> Loss:
         if phase == "mae":
             return super().loss(phase, images, pos, draw)
-        m, share = self.turns.of_slice(len(images), draw)
+        m, whole, share = self.learners(len(images), draw)
         learn = self.replay if self.estimator.replays else self.second_pass
-        terms = learn(images, m, pos, draw)
+        terms = learn(images, m, pos, draw, whole)
         self.tally.add(
             factor=self.factor(pos), temperature=self.hiding.temperature(pos), share=self.hiding.share(pos)
         )
@@ -467,25 +472,35 @@ class CurriculumLearnedMasking(MaskedAutoencoding):
             share * terms.total(), {name: share * term.detach() for name, term in terms.parts.items()}
         )
 
-    def second_pass(self, images: Tensor, m: int, pos: float, draw: Draw) -> Terms:
+    def learners(self, b: int, draw: Draw) -> tuple[int, Callable[[Tensor], Tensor], float]:
+        """How many of b images the masker learns from, and what their micro-batch's mean weighs.
+
+        In between what brings their numbers together with those of the other processes.
+        """
+        m, _ = self.turns.of_slice(b, draw)
+        wanted, share = self.turns.of_slice(*self.world.whole(b, draw))
+        return m, partial(first_rows, self.world, own=m, b=b, wanted=wanted), share
+
+    def second_pass(self, images: Tensor, m: int, pos: float, draw: Draw, whole: Callable) -> Terms:
         """Terms of an estimator that predicts once more, through a soft mask, on the first m images."""
         with torch.no_grad():
             tokens = self.mae.encoder.embed(images[:m])
         target = self.target(images[:m])
         logits = self.calls["masker"](tokens).to(target.dtype)
         tokens = tokens.repeat(logits.shape[2] if logits.ndim == 3 else 1, 1, 1)
-        self.watch(as_scores(logits.detach()))
+        self.watch(as_scores(whole(logits.detach())))
         predict = partial(call_detached, self.mae, self.relax, tokens)
-        return self.estimator.loss(logits, self.factor(pos), predict, target)
+        return self.estimator.loss(logits, self.factor(pos), predict, target, whole)
 
-    def replay(self, images: Tensor, m: int, pos: float, draw: Draw) -> Terms:
+    def replay(self, images: Tensor, m: int, pos: float, draw: Draw, whole: Callable) -> Terms:
         """Terms of an estimator that learns from what the MAE's phase has seen of the first m images."""
         if draw not in self.seen:
             with torch.no_grad():
                 super().loss("mae", images, pos, draw)
         seen = self.seen.pop(draw).first(m)
-        logits = self.calls["masker"](seen.tokens, 1 - seen.hidden).to(seen.error.dtype)
+        logits = whole(self.calls["masker"](seen.tokens, 1 - seen.hidden).to(seen.error.dtype))
         self.watch(as_scores(self.estimator.preference(logits.detach(), self.factor(pos))))
+        seen = seen._replace(hidden=whole(seen.hidden), error=whole(seen.error))
         return self.estimator.loss(logits, self.factor(pos), seen)
 
     def watch(self, score: Tensor) -> None:

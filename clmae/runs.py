@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 
@@ -39,7 +40,8 @@ from .masking import Draw
 from .objectives import MaskedAutoencoding, Objective, View, make_objective, view
 from .patches import unpatchify
 from .shards import open_shards
-from .trainer import Finding, fit, make_fabric, peak_rate, replay_step, warn
+from .trainer import Finding, fit, launch, make_fabric, peak_rate, replay_step, warn
+from .vit import checkpoint_activations
 
 # %% ../nbs/15_runs.ipynb #4cd15bc9
 def build_model(data: Data, model: Model, seed: int, store: Store) -> MAE:
@@ -304,7 +306,9 @@ def assemble(objective: dict, data: Data, model: Model, train: Train, seed: int,
 
     spent = plan(make(train.epochs), yardstick, data, train, batches)
     epochs = -(-len(spent) // batches.steps_per_epoch)
-    return make(epochs), spent
+    trained = make(epochs)
+    checkpoint_activations(trained.mae, train.checkpoint_activations)
+    return trained, spent
 
 # %% ../nbs/15_runs.ipynb #a6d215bb
 def one_line(record: dict) -> str:
@@ -409,7 +413,8 @@ def write_time(path: Path, seconds: float, steps: int, train: Train) -> None:
     write_json(path, {"seconds": round(seconds, 1), "steps": steps, **machine})
 
 # %% ../nbs/15_runs.ipynb #cdd8fce8
-SAFETY = {"checkpoint_minutes", "keep_checkpoints", "keep_every", "keep_best", "nonfinite"}
+SAFETY = {"checkpoint_minutes", "keep_checkpoints", "keep_every", "keep_best"}
+SAFETY |= {"nonfinite", "checkpoint_activations"}
 
 
 def recipe_of(
@@ -467,18 +472,17 @@ def pretrain_run(
 ) -> dict:  # fmt: skip
     """Pretrain one run with one seed, leave it in build/runs/<run>-<seed>/ and return its record.
 
-    The record is what results/ gets. An unfinished run of the same parameters is continued from its
-    checkpoint. Raises UserError for mistakes.
+    An unfinished run of the same parameters goes on from its checkpoint. Raises UserError for mistakes.
     """
     root, name, began = home(folder), f"{run}-{seed}", time.monotonic()
     torch.set_num_threads(train.threads)
     train_store, val_store = open_stores(root / "build/prepared", data, "train", "val")
-    fabric = make_fabric(train.device, train.precision)
+    fabric = launch(train.device, train.precision)
     batches, read = batches_of(data, train, shards or Shards(), train_store, seed, fabric.device, root)
     trained, spent = assemble(objective, data, model, train, seed, train_store, batches)
     parts = decisive(objective, data, model, train, film, evaluate) | read
     work = workshop(root, name, seed=seed, **parts)
-    with Lock(work / "lock", f"the run {name}"):
+    with Lock(work / "lock", f"the run {name}") if fabric.is_global_zero else nullcontext():
         recorder = Recorder(val_store, work, seed, len(spent), **film.model_dump())
         monitor = validation_monitor(train_store, val_store, evaluate, fabric.device)
         health = health_monitor(val_store, evaluate, fabric.device, seed, work)
@@ -488,9 +492,10 @@ def pretrain_run(
             recipe=recipe_of(objective, data, model, train, seed, train_store, len(spent), batches),
         )  # fmt: skip
         record = summary(run, seed, trained, batches, history)
-        leave(root, name, work, trained, recorder, history, record)
-    shutil.rmtree(work)
-    write_time(root / "build/timings" / f"{name}.json", time.monotonic() - began, len(spent), train)
+        if fabric.is_global_zero:
+            leave(root, name, work, trained, recorder, history, record)
+            shutil.rmtree(work)
+            write_time(root / "build/timings" / f"{name}.json", time.monotonic() - began, len(spent), train)
     return record
 
 # %% ../nbs/15_runs.ipynb #9fb3cfaf

@@ -12,6 +12,7 @@ from clmae.masker import attend, relaxations
 from clmae.masking import Draw
 from clmae.objectives import IGNORABLE, CurriculumLearnedMasking, Turns, make_objective, objectives, view
 from clmae.patches import patchify
+from clmae.vit import checkpoint_activations
 
 everyone = pytest.mark.parametrize("name", sorted(objectives))
 SMALL = {"width": 32, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
@@ -323,3 +324,32 @@ def test_frozen_is_rank_that_never_learns():
     wish = objective.hiding.wish(tokens, 0.0)
     torch.testing.assert_close(wish, -objective.hiding.wish(tokens, 1.0))  # it turns over with λ
     torch.testing.assert_close(wish.std(1, correction=0), torch.full((4,), 5.0))
+
+
+@pytest.mark.parametrize("name", sorted(objectives))
+def test_activations_computed_again_are_the_same(name):
+    def learn(on):
+        """Loss and gradients of every phase, and the bytes that were kept for backward."""
+        torch.manual_seed(0)
+        sizes = {"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2}
+        mae = build_mae(16, 4, width=32, depth=4, heads=2, **sizes)
+        objective = make_objective(mae, name, **({"masker": {"depth": 1}} if "cl_" in name else {}))
+        images = torch.randn(4, 3, 16, 16)
+        checkpoint_activations(objective.mae, on)
+        found, kept = [], {}
+
+        def pack(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        for phase in objective.phases(0):
+            weights = list(objective.nets[phase].parameters())
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                total = objective.loss(phase, images, 0.3, Draw(seed=(0,))).total
+            total.backward(inputs=weights)
+            found += [total.detach(), *(w.grad for w in weights)]
+        return found, sum(storage.nbytes() for storage in kept.values())
+
+    (plain, most), (again, least) = learn(False), learn(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+    assert least < 0.6 * most
