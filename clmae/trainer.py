@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SKIPS', 'MEANT', 'tokens_of', 'make_optimizers', 'peak_rate', 'make_fabric', 'Slices', 'Moved', 'limit',
-           'phase_step', 'followers', 'put_back', 'one_step', 'out_of_memory', 'finer', 'memory_advice', 'Course',
-           'NotFinite', 'Watch', 'check_weights', 'count', 'check_skips', 'loss_means', 'optimizer_tensors',
+           'phase_step', 'followers', 'put_back', 'one_step', 'out_of_memory', 'finer', 'memory_advice', 'Outfit',
+           'Course', 'NotFinite', 'Watch', 'check_weights', 'count', 'check_skips', 'loss_means', 'optimizer_tensors',
            'restore_optimizer', 'under', 'tally_tensors', 'restore_tally', 'save_checkpoint', 'read_checkpoint',
-           'restore_checkpoint', 'warn', 'Checkpoints', 'duration', 'Meter', 'Notice', 'record', 'look', 'begin',
-           'walk', 'line_of', 'fit', 'folder_of', 'first_bad', 'keep_incident', 'Finding', 'broken', 'ours', 'Finder',
-           'OneBatch', 'replay_step']
+           'restore_checkpoint', 'warn', 'CheckpointFiles', 'Checkpoints', 'duration', 'Meter', 'Notice', 'record',
+           'look', 'begin', 'line_of', 'walk', 'fit', 'folder_of', 'first_bad', 'keep_incident', 'Finding', 'broken',
+           'ours', 'written', 'Finder', 'OneBatch', 'replay_step']
 
 # %% ../nbs/11_trainer.ipynb #5d6406c6
 import math
@@ -41,7 +41,7 @@ def tokens_of(net: nn.Module) -> list[str]:
     """Names of the learned tokens (1, 1, d) of a net: parameters that weight decay should leave alone."""
     return [name for name, p in net.named_parameters() if p.shape[:2] == (1, 1) and p.ndim == 3]
 
-
+# %% ../nbs/11_trainer.ipynb #20ac4378
 def make_optimizers(objective: Objective, *, betas: tuple[float, float], weight_decay: float) -> dict:
     """One fused AdamW for each of the objective's nets; rates are set at every step."""
     make = {
@@ -50,7 +50,7 @@ def make_optimizers(objective: Objective, *, betas: tuple[float, float], weight_
     }
     return {name: torch.optim.AdamW(groups, betas=betas, fused=True) for name, groups in make.items()}
 
-
+# %% ../nbs/11_trainer.ipynb #8aebd7aa
 def peak_rate(base: float, batch: int) -> float:
     """The linear scaling rule of the MAE paper: base rate × batch / 256."""
     return base * batch / 256
@@ -90,7 +90,7 @@ class Slices:
             draw = Draw(seed=(self.seed, self.step), start=start, total=b)
             yield self.batches.rows(self.step, start, start + b // self.count), draw
 
-
+# %% ../nbs/11_trainer.ipynb #47916ca9
 @dataclass(frozen=True)
 class Moved:
     """What one phase of a step was: its mean loss and the norm of its gradient, where that was asked for."""
@@ -117,7 +117,7 @@ def limit(optimizer, weights: list, moved: Moved, clip: float | None, skip: bool
     if skip:
         optimizer.found_inf = moved.bad.float()
 
-
+# %% ../nbs/11_trainer.ipynb #3461d793
 def phase_step(
     fabric: Fabric,
     objective: Objective,
@@ -157,7 +157,7 @@ def put_back(objective: Objective, before: list[Tensor], bad: Tensor) -> None:
     for now, old in zip(followers(objective), before):
         now.copy_(torch.where(bad, old, now))
 
-
+# %% ../nbs/11_trainer.ipynb #a7f62e62
 def one_step(
     fabric, objective, optimizers, step, slices, pos, rate, clip=None, skip=False, careful=False
 ) -> dict[str, Moved]:
@@ -182,12 +182,12 @@ def out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError) and told
     )
 
-
+# %% ../nbs/11_trainer.ipynb #fa58fbe0
 def finer(batch: int, accumulate: int) -> int | None:
     """The next number of slices, at least twice as many, that divides `batch`; None if there is none."""
     return next((count for count in range(2 * accumulate, batch + 1) if batch % count == 0), None)
 
-
+# %% ../nbs/11_trainer.ipynb #72336066
 @contextmanager
 def memory_advice(batch: int, accumulate: int):
     """Turn out-of-memory into a UserError that says which train.accumulate halves what lies in memory."""
@@ -204,9 +204,9 @@ def memory_advice(batch: int, accumulate: int):
             f"train.accumulate {accumulate}); {cure}"
         ) from None
 
-# %% ../nbs/11_trainer.ipynb #a7a59a79
+# %% ../nbs/11_trainer.ipynb #b161e8b8
 @dataclass
-class Course:
+class Outfit:
     """All that a step needs beside its number."""
 
     fabric: Fabric
@@ -225,6 +225,10 @@ class Course:
         """Where in training a step is, `pos`, and its learning rate, `lr`."""
         pos = position(step, self.steps)
         return {"pos": pos, "lr": self.rate * self.schedule(pos)}
+
+# %% ../nbs/11_trainer.ipynb #a7a59a79
+class Course(Outfit):
+    """A run as a function of the step."""
 
     def slices(self, step: int) -> list:
         """The batch of a step, augmented once, for every phase."""
@@ -249,7 +253,7 @@ class NotFinite(UserError):
             f"the last checkpoint is from before"
         )
 
-
+# %% ../nbs/11_trainer.ipynb #3ba35033
 class Watch:
     """Remembers, on the device, the first step whose loss is not finite, and the parts of that loss."""
 
@@ -285,7 +289,7 @@ def check_weights(objective: Objective, step: int) -> None:
         if value.is_floating_point() and not value.isfinite().all():
             raise NotFinite(step - 1, f"the gradient was not finite before step {step}: {name} is no number")
 
-
+# %% ../nbs/11_trainer.ipynb #ae70db49
 def count(tally: Tally, moved: dict[str, Moved], skip: bool) -> None:
     """Add a step's losses to the tally; with `skip`, bad phases count as `skipped` instead."""
     for phase, found in moved.items():
@@ -295,7 +299,7 @@ def count(tally: Tally, moved: dict[str, Moved], skip: bool) -> None:
             losses[f"{phase}.skipped"] = found.bad
         tally.add(**losses)
 
-
+# %% ../nbs/11_trainer.ipynb #a015f989
 def check_skips(tally: Tally, step: int) -> None:
     """Raise NotFinite if more than SKIPS steps of this epoch were skipped."""
     for name, total in tally.sums.items():
@@ -303,7 +307,7 @@ def check_skips(tally: Tally, step: int) -> None:
             what = f"{int(total)} steps of this epoch were skipped by step {step}, more than {SKIPS}"
             raise NotFinite(step, what, "or look at what is fed")
 
-
+# %% ../nbs/11_trainer.ipynb #c88a15e4
 def loss_means(tally: Tally) -> dict[str, float]:
     """The means of an epoch as `loss.<name>`, over the steps that were not skipped."""
     means = tally.means()
@@ -329,7 +333,7 @@ def restore_optimizer(optimizer, tensors: dict[str, Tensor]) -> None:
         state.setdefault(int(i), {})[what] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-
+# %% ../nbs/11_trainer.ipynb #9672e202
 def under(prefix: str, tensors: dict) -> dict:
     """The entries of `tensors` below `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -358,7 +362,7 @@ def save_checkpoint(folder: Path, course: Course, tally: Tally, state: dict) -> 
     write_tensors(path, tensors)
     write_json(path.with_suffix(".json"), {**state, "sha256": sha256(path)})
 
-
+# %% ../nbs/11_trainer.ipynb #e59c3664
 def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """The state and tensors of the checkpoint `step-<n>.json`; UserError if one of its files is damaged."""
     state, tensors = read_json(path), path.with_suffix(".safetensors")
@@ -368,7 +372,7 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raise UserError(f"{tensors} is missing or not as it was written")
     return state, {name: torch.from_numpy(value) for name, value in read_tensors(tensors).items()}
 
-
+# %% ../nbs/11_trainer.ipynb #0a11574e
 def restore_checkpoint(path: Path, course: Course, tally: Tally, found: tuple | None = None) -> dict:
     """Load the checkpoint `step-<n>.json` into course and tally; its state.
 
@@ -387,29 +391,18 @@ def warn(line: str) -> None:
     """Say something on stderr that is no error."""
     print(f"clmae: warning: {line}", file=sys.stderr)
 
-
-class Checkpoints:
-    """The newest `keep` checkpoints of a run in `folder`, one every `minutes` if asked; None keeps none."""
+# %% ../nbs/11_trainer.ipynb #9f3c4537
+class CheckpointFiles:
+    """The files of a run's checkpoints in `folder`, of which the newest `keep` stay; None holds none."""
 
     def __init__(self, folder: str | Path | None, keep: int = 2, minutes: float | None = None):
         self.folder, self.keep = folder and Path(folder), keep
         self.pause, self.last = math.inf if minutes is None else 60 * minutes, time.monotonic()
 
-    def due(self) -> bool:
-        """Whether it is time for one."""
-        return bool(self.folder) and time.monotonic() - self.last >= self.pause
-
     def files(self) -> list[Path]:
         """`step-<n>.json` of all checkpoints, newest first."""
         found = self.folder.glob("step-*.json") if self.folder else []
         return sorted(found, key=lambda path: -int(path.stem.removeprefix("step-")))
-
-    def save(self, course: Course, tally: Tally, step: int, history: list[dict]) -> None:
-        """Write one, if there is a folder, and let the oldest go."""
-        if self.folder:
-            save_checkpoint(self.folder, course, tally, {"step": step, "history": history})
-            self.tidy()
-            self.last = time.monotonic()
 
     def tidy(self) -> None:
         """Remove all but the newest few, and what a killed process has left half written."""
@@ -417,6 +410,29 @@ class Checkpoints:
         for path in [*self.folder.glob("step-*"), *self.folder.glob(".step-*")]:
             if path.stem not in kept and path.suffix != ".damaged":
                 path.unlink()
+
+    def set_aside(self, path: Path, error: UserError) -> None:
+        """Rename the files of a damaged checkpoint and say so."""
+        for file in (path, path.with_suffix(".safetensors")):
+            if file.exists():
+                file.rename(file.with_name(f"{file.name}.damaged"))
+        before = [p.stem.replace("-", " ") for p in self.files()[:1]]
+        warn(f"damaged checkpoint put aside ({error}); going on from {before[0] if before else 'the start'}")
+
+# %% ../nbs/11_trainer.ipynb #658aee07
+class Checkpoints(CheckpointFiles):
+    """The newest `keep` checkpoints of a run in `folder`, one every `minutes` if asked; None keeps none."""
+
+    def due(self) -> bool:
+        """Whether it is time for one."""
+        return bool(self.folder) and time.monotonic() - self.last >= self.pause
+
+    def save(self, course: Course, tally: Tally, step: int, history: list[dict]) -> None:
+        """Write one, if there is a folder, and let the oldest go."""
+        if self.folder:
+            save_checkpoint(self.folder, course, tally, {"step": step, "history": history})
+            self.tidy()
+            self.last = time.monotonic()
 
     def restore(self, course: Course, tally: Tally) -> dict | None:
         """Load the newest that is whole, putting damaged ones aside with a warning; None if there is none."""
@@ -428,14 +444,6 @@ class Checkpoints:
             else:
                 return restore_checkpoint(path, course, tally, found)
 
-    def set_aside(self, path: Path, error: UserError) -> None:
-        """Rename the files of a damaged checkpoint and say so."""
-        for file in (path, path.with_suffix(".safetensors")):
-            if file.exists():
-                file.rename(file.with_name(f"{file.name}.damaged"))
-        before = [p.stem.replace("-", " ") for p in self.files()[:1]]
-        warn(f"damaged checkpoint put aside ({error}); going on from {before[0] if before else 'the start'}")
-
 # %% ../nbs/11_trainer.ipynb #e788264d
 def duration(seconds: float) -> str:
     """`3723` as `1:02:03`, `75` as `1:15`."""
@@ -443,7 +451,7 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
-
+# %% ../nbs/11_trainer.ipynb #7d736de9
 class Meter:
     """Turns steps into lines and hands them to `say`.
 
@@ -509,7 +517,7 @@ def record(step: int, course: Course, tally: Tally) -> dict:
         **course.objective.monitor(),
     }
 
-
+# %% ../nbs/11_trainer.ipynb #e072be86
 def look(at: dict, step: int, objective: Objective) -> None:
     """Let whoever asked for this step look at the objective, without gradients and in evaluation mode."""
     if step in at:
@@ -518,7 +526,7 @@ def look(at: dict, step: int, objective: Objective) -> None:
             at[step](objective)
         objective.train()
 
-
+# %% ../nbs/11_trainer.ipynb #815ce93e
 def begin(
     objective: Objective,
     batches,
@@ -546,6 +554,14 @@ def begin(
         fabric, objective, optimizers, batches, steps, rate, schedule,
         seed, clip, accumulate, nonfinite == "skip",
     )  # fmt: skip
+
+# %% ../nbs/11_trainer.ipynb #45cd7d94
+def line_of(step: int, course: Course, tally: Tally, monitors) -> dict:
+    """The record of an epoch and what the monitors add, in the order in which a checkpoint gives it back."""
+    line = record(step, course, tally)
+    for monitor in monitors:
+        line |= monitor(line, course.objective)
+    return dict(sorted(line.items()))
 
 # %% ../nbs/11_trainer.ipynb #22831333
 def walk(course: Course, checkpoints: Checkpoints, notice: Notice, monitors, at: dict, say) -> list[dict]:
@@ -576,15 +592,7 @@ def walk(course: Course, checkpoints: Checkpoints, notice: Notice, monitors, at:
     look(at, course.steps, objective)
     return history
 
-
-def line_of(step: int, course: Course, tally: Tally, monitors) -> dict:
-    """The record of an epoch and what the monitors add, in the order in which a checkpoint gives it back."""
-    line = record(step, course, tally)
-    for monitor in monitors:
-        line |= monitor(line, course.objective)
-    return dict(sorted(line.items()))
-
-
+# %% ../nbs/11_trainer.ipynb #54548e8a
 def fit(
     objective: Objective,
     batches,
@@ -607,10 +615,8 @@ def fit(
     Raises UserError for a loss that is not finite, a checkpoint of another shape of model, a full disk or
     a full memory, and Stopped after SIGTERM or SIGUSR1.
     """
-    course, checkpoints = (
-        begin(objective, batches, fabric=fabric, **settings),
-        Checkpoints(folder, keep, minutes),
-    )
+    course = begin(objective, batches, fabric=fabric, **settings)
+    checkpoints = Checkpoints(folder, keep, minutes)
     with Notice(bool(folder)) as notice:
         try:
             return walk(course, checkpoints, notice, list(monitors), at or {}, say)
@@ -623,7 +629,7 @@ def folder_of(checkpoints: Checkpoints) -> Path:
     """Where an incident is kept."""
     return checkpoints.folder / "incident"
 
-
+# %% ../nbs/11_trainer.ipynb #309f1ed2
 def first_bad(course: Course, start: int, last: int) -> int:
     """The first step from `start` on with a loss or gradient that is not finite; `last` if none is."""
     for step in range(start, last):
@@ -631,7 +637,7 @@ def first_bad(course: Course, start: int, last: int) -> int:
             return step
     return last
 
-
+# %% ../nbs/11_trainer.ipynb #07917727
 def keep_incident(course: Course, checkpoints: Checkpoints, trouble: NotFinite, told: dict) -> str:
     """Go back to the last checkpoint and keep the first bad step's state and batch; words about where."""
     state = checkpoints.restore(course, Tally())
@@ -663,14 +669,14 @@ class Finding:
         what = f"{self.operation} ({self.direction})"
         return f"{what} is the first operation whose result is not finite: {self.where}"
 
-
+# %% ../nbs/11_trainer.ipynb #81533217
 def broken(values) -> bool:
     """Whether any float tensor in a nested structure holds a value that is not finite."""
     leaves = torch.utils._pytree.tree_leaves(values)
     tensors = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     return any(not bool(x.isfinite().all()) for x in tensors)
 
-
+# %% ../nbs/11_trainer.ipynb #c5a3e3e6
 def ours(frames: Iterable) -> str:
     """The innermost of these frames that belongs to no installed package and isn't the one who watches."""
     own = [
@@ -679,6 +685,16 @@ def ours(frames: Iterable) -> str:
         if "site-packages" not in f.filename and f.name not in ("place", "__torch_dispatch__")
     ]
     return f"{own[-1].name}: {own[-1].line}" if own else "unknown place"
+
+# %% ../nbs/11_trainer.ipynb #ee8123ea
+def written(node) -> str:
+    """The line of the forward pass to which a `node` of the backward pass belongs; anomaly mode keeps it."""
+    text = "".join(node.metadata.get("traceback_", []))
+    lines = [line.strip() for line in text.splitlines()]
+    files = [i for i, line in enumerate(lines) if line.startswith("File ") and "site-packages" not in line]
+    names = [(lines[i].rpartition(" in ")[2], lines[i + 1]) for i in files if i + 1 < len(lines)]
+    inner = [f"{name}: {line}" for name, line in names if not line.startswith("File ")]
+    return inner[-1] if inner else "unknown place"
 
 # %% ../nbs/11_trainer.ipynb #72629358
 MEANT = ("empty", "new_empty", "full", "new_full", "fill", "masked_fill", "where", "scalar_tensor")
@@ -705,14 +721,7 @@ class Finder(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if node is None:
             return "forward", ours(traceback.extract_stack())
-        text = "".join(node.metadata.get("traceback_", []))
-        lines = [line.strip() for line in text.splitlines()]
-        files = [
-            i for i, line in enumerate(lines) if line.startswith("File ") and "site-packages" not in line
-        ]
-        names = [(lines[i].rpartition(" in ")[2], lines[i + 1]) for i in files if i + 1 < len(lines)]
-        inner = [f"{name}: {line}" for name, line in names if not line.startswith("File ")]
-        return f"backward, {node.name()}", inner[-1] if inner else "unknown place"
+        return f"backward, {node.name()}", written(node)
 
 # %% ../nbs/11_trainer.ipynb #a3d0e6ff
 @dataclass(frozen=True)
@@ -730,7 +739,7 @@ class OneBatch:
         """A slice of the batch, whatever the step."""
         return self.images[start:stop]
 
-
+# %% ../nbs/11_trainer.ipynb #fa7891a5
 def replay_step(folder: str | Path, objective: Objective, fabric: Fabric | None = None) -> Finding | None:
     """Take the step of an incident again with `objective`: the first operation that failed, None if none."""
     folder = Path(folder)
