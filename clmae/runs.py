@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MONITOR_BANK', 'HEALTH_IMAGES', 'SAFETY', 'CONSISTENCY_IMAGES', 'build_model', 'phase_flops', 'cumulative_flops',
-           'plan', 'knn_every', 'write_curves', 'to_pixels', 'spread', 'Recorder', 'fingerprint', 'speaker',
-           'open_stores', 'thinned', 'Reader', 'validation_monitor', 'assemble', 'one_line', 'train_it', 'summary',
-           'leave', 'write_time', 'recipe_of', 'replay', 'pretrain_run', 'workshop', 'splits', 'probes', 'evaluate_run',
-           'write_map', 'baselines_run']
+           'plan', 'knn_every', 'write_curves', 'to_pixels', 'spread', 'part_of', 'shot_of', 'Shooting', 'Recorder',
+           'fingerprint', 'speaker', 'open_stores', 'thinned', 'Reader', 'validation_monitor', 'assemble', 'one_line',
+           'train_it', 'summary', 'leave', 'write_time', 'recipe_of', 'training_batches', 'decisive', 'workshop',
+           'health_monitor', 'pretrain_run', 'splits', 'probes', 'write_map', 'evaluate_run', 'baselines_run', 'replay']
 
 # %% ../nbs/15_runs.ipynb #5d6406c6
 import hashlib
@@ -34,7 +34,7 @@ from .files import Lock, fresh_dir, home, read_json, read_tensors, write_json, w
 from .health import HealthMonitor
 from .mae import MAE, build_mae, load_mae, save_mae
 from .masking import Draw
-from .objectives import MaskedAutoencoding, Objective, make_objective, view
+from .objectives import MaskedAutoencoding, Objective, View, make_objective, view
 from .patches import unpatchify
 from .trainer import Finding, fit, make_fabric, peak_rate, replay_step
 
@@ -69,7 +69,7 @@ def phase_flops(
     objective.monitor()  # forget what it watched here
     return costs
 
-
+# %% ../nbs/15_runs.ipynb #85e1e59a
 def cumulative_flops(objective: Objective, costs: dict[str, int], budget: int) -> list[int]:
     """FLOPs spent after each step, for as many steps as the budget pays (at least one)."""
 
@@ -107,7 +107,7 @@ def knn_every(monitor, epochs: int, last: int):
 
     return watch
 
-
+# %% ../nbs/15_runs.ipynb #2912bce3
 def write_curves(history: list[dict], folder: Path) -> None:
     """The history as DVCLive curves in `folder`, anew; does nothing where DVCLive is not installed."""
     try:
@@ -128,14 +128,32 @@ def to_pixels(images: torch.Tensor, store: Store) -> np.ndarray:
     mean, std = (torch.tensor(v)[:, None, None] for v in (store.mean, store.std))
     return ((images.float().cpu() * std + mean) * 255).round().clamp(0, 255).byte().numpy()
 
-
+# %% ../nbs/15_runs.ipynb #4e5f921e
 def spread(n: int, count: int) -> np.ndarray:
     """`count` ids spread evenly over 0 … n−1 (fewer if n is smaller)."""
     return np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int))
 
+# %% ../nbs/15_runs.ipynb #8f2fa3f6
+def part_of(store: Store, ids: np.ndarray) -> Store:
+    """Some images of a store, by their ids."""
+    return Store(store.images[ids], store.labels[ids], store.classes, store.mean, store.std)
 
-class Recorder:
-    """Shots of an objective at a few moments of training, kept as files in `folder`."""
+# %% ../nbs/15_runs.ipynb #e0893b81
+def shot_of(near: View, far: View, encoder, store: Store) -> dict:
+    """What is kept of a moment: all about the images `near`, averages over those `far`; no score is 0.5."""
+    half = torch.full_like(near.hidden, 0.5)
+    frame = unpatchify(near.patches, encoder.patch_size, encoder.grid)
+    return {
+        "score": (half if near.score is None else near.score).float(),
+        "hidden": near.hidden.to(torch.uint8),
+        "prediction": to_pixels(frame, store),
+        "mean_hidden": far.hidden.float().mean(0),
+        "mean_score": (half[0] if far.score is None else far.score.float().mean(0)),
+    }
+
+# %% ../nbs/15_runs.ipynb #db37c2f3
+class Shooting:
+    """Who is filmed and when: `images` one by one, `average_over` only on average, at so many `moments`."""
 
     def __init__(
         self,
@@ -153,20 +171,17 @@ class Recorder:
         self.crowd = spread(len(store), average_over)
         self.moments = [int(m) for m in spread(steps + 1, moments)]
 
+    def load(self, ids: np.ndarray) -> torch.Tensor:
+        """Normalised validation images (b, c, h, w)."""
+        return torch.cat(list(eval_batches(part_of(self.store, ids), len(ids))))
+
+# %% ../nbs/15_runs.ipynb #d4c73380
+class Recorder(Shooting):
+    """Shots of an objective at a few moments of training, kept as files in `folder`."""
+
     def cameras(self) -> dict:
         """For the trainer's `at`: step → a callable that takes the shot."""
         return {step: lambda objective, step=step: self.shoot(objective, step) for step in self.moments}
-
-    def load(self, ids: np.ndarray) -> torch.Tensor:
-        """Normalised validation images (b, c, h, w)."""
-        part = Store(
-            self.store.images[ids],
-            self.store.labels[ids],
-            self.store.classes,
-            self.store.mean,
-            self.store.std,
-        )
-        return torch.cat(list(eval_batches(part, len(ids))))
 
     def shoot(self, objective: Objective, step: int) -> None:
         """Write the shot of one moment."""
@@ -175,16 +190,7 @@ class Recorder:
         def look(ids: np.ndarray):
             return view(objective, self.load(ids).to(encoder.cls), pos, Draw(seed=(self.seed, 1)))
 
-        near, far = look(self.cast), look(self.crowd)
-        frame = unpatchify(near.patches, encoder.patch_size, encoder.grid)
-        half = torch.full_like(near.hidden, 0.5)
-        shot = {
-            "score": (half if near.score is None else near.score).float(),
-            "hidden": near.hidden.to(torch.uint8),
-            "prediction": to_pixels(frame, self.store),
-            "mean_hidden": far.hidden.float().mean(0),
-            "mean_score": (half[0] if far.score is None else far.score.float().mean(0)),
-        }
+        shot = shot_of(look(self.cast), look(self.crowd), encoder, self.store)
         write_tensors(self.folder / f"shot-{step}.safetensors", shot, {"grid": "{},{}".format(*encoder.grid)})
 
     def cut(self, path: Path, grid: tuple[int, int]) -> None:
@@ -202,7 +208,7 @@ def fingerprint(**parts) -> str:
     text = json.dumps({**parts, "version": __version__}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-
+# %% ../nbs/15_runs.ipynb #667778f6
 def speaker():
     """Where lines of progress go: the file named by CLMAE_PROGRESS, else the terminal, rewritten in place."""
     side = os.environ.get("CLMAE_PROGRESS")
@@ -212,7 +218,7 @@ def speaker():
         return lambda line: print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
     return lambda line: None
 
-
+# %% ../nbs/15_runs.ipynb #d212b87d
 def open_stores(prepared: Path, data: Data, *splits: str) -> list[Store]:
     """Splits of the prepared images; UserError if they are not of the size that the parameters ask for."""
     if not (prepared / "manifest.json").exists():
@@ -232,10 +238,9 @@ HEALTH_IMAGES = 256
 
 def thinned(store: Store, count: int) -> Store:
     """At most `count` images of a store, spread evenly."""
-    ids = spread(len(store), count)
-    return Store(store.images[ids], store.labels[ids], store.classes, store.mean, store.std)
+    return part_of(store, spread(len(store), count))
 
-
+# %% ../nbs/15_runs.ipynb #6fdb75d4
 class Reader:
     """The images of a store as normalised batches, as often as asked."""
 
@@ -245,7 +250,7 @@ class Reader:
     def __iter__(self):
         return eval_batches(self.store, self.batch_size, self.device)
 
-
+# %% ../nbs/15_runs.ipynb #bafcaeb1
 def validation_monitor(train_store: Store, val_store: Store, evaluate: Evaluate, device):
     """The kNN monitor of `evaluate.knn_monitor` on a bank of MONITOR_BANK training images."""
     bank = thinned(train_store, MONITOR_BANK)
@@ -282,7 +287,7 @@ def one_line(record: dict) -> str:
     start = f"epoch {record['epoch']:3d} · step {record['step']:5d}"
     return f"{start} · loss {' '.join(losses)}{factor}{gap}{knn}{health}"
 
-
+# %% ../nbs/15_runs.ipynb #fbf6acbb
 def train_it(
     objective, batches, spent, work, *, train: Train, seed, fabric, monitor, health, recorder, report, say,
     recipe=None,
@@ -329,7 +334,7 @@ def summary(run: str, seed: int, objective: Objective, batches, history: list[di
         **({"health": last["health.verdict"]} if "health.verdict" in last else {}),
     }
 
-
+# %% ../nbs/15_runs.ipynb #686035ef
 def leave(
     root: Path, name: str, work: Path, objective: Objective, recorder, history: list[dict], record: dict
 ) -> None:
@@ -345,7 +350,7 @@ def leave(
     write_curves(history, root / "results/curves" / name)
     write_json(root / "results/pretrain" / f"{name}.json", record)
 
-
+# %% ../nbs/15_runs.ipynb #42627739
 def write_time(path: Path, seconds: float, steps: int, train: Train) -> None:
     """How long a run took: kept outside the results, because no two machines agree about it."""
     machine = {"torch": torch.__version__, "threads": train.threads, "device": train.device}
@@ -367,15 +372,34 @@ def recipe_of(
         **sections, **images,
     }  # fmt: skip
 
+# %% ../nbs/15_runs.ipynb #188c592b
+def training_batches(store: Store, train: Train, seed: int, device) -> TrainBatches:
+    """The batches that the train section asks for."""
+    augmentation = train.model_dump(include={"batch_size", "crop_scale", "crop_ratio", "flip", "resident"})
+    return TrainBatches(store, seed=seed, device=device, **augmentation)
 
-def replay(folder: str | Path, device: str = "cpu") -> Finding | None:
-    """Take the step of an incident again: the first operation that failed, None if all went well."""
-    told = read_json(Path(folder) / "incident.json")["recipe"]
-    data, model = Data(**told["data"]), Model(**told["model"])
-    images = Store(np.zeros((0, data.channels, *data.image_size)), [], [], told["mean"], told["std"])
-    mae = build_model(data, model, told["seed"], images)
-    objective = make_objective(mae, **told["objective"], epochs=told["epochs"])
-    return replay_step(folder, objective, make_fabric(device, told["precision"]))
+# %% ../nbs/15_runs.ipynb #2e87a264
+def decisive(objective: dict, data: Data, model: Model, train: Train, film: Film, evaluate: Evaluate) -> dict:
+    """All settings that determine what a run leaves behind."""
+    watched = evaluate.model_dump(include={"k", "temperature", "batch_size"})
+    taught = train.model_dump(exclude=SAFETY)
+    parts = {"objective": objective, "data": data, "model": model, "train": taught, "film": film}
+    return {**parts, "watched": watched}
+
+# %% ../nbs/15_runs.ipynb #ea8ec862
+def workshop(root: Path, name: str, **parts) -> Path:
+    """The folder in which a run works, named by all that determines its result, prepared images included."""
+    plain = {key: part.model_dump() if hasattr(part, "model_dump") else part for key, part in parts.items()}
+    manifest = read_json(root / "build/prepared/manifest.json")
+    folder = root / "build/work" / f"{name}-{fingerprint(manifest=manifest, **plain)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+# %% ../nbs/15_runs.ipynb #e967e50b
+def health_monitor(val_store: Store, evaluate: Evaluate, device, seed: int, folder: Path) -> HealthMonitor:
+    """The monitor of `clmae.health` on HEALTH_IMAGES validation images; its notes go to `folder`."""
+    patients = Reader(thinned(val_store, HEALTH_IMAGES), evaluate.batch_size, device)
+    return HealthMonitor(patients, seed=seed, folder=folder)
 
 # %% ../nbs/15_runs.ipynb #32f432b2
 def pretrain_run(
@@ -391,18 +415,13 @@ def pretrain_run(
     torch.set_num_threads(train.threads)
     train_store, val_store = open_stores(root / "build/prepared", data, "train", "val")
     fabric = make_fabric(train.device, train.precision)
-    augmentation = train.model_dump(include={"batch_size", "crop_scale", "crop_ratio", "flip", "resident"})
-    batches = TrainBatches(train_store, seed=seed, device=fabric.device, **augmentation)
+    batches = training_batches(train_store, train, seed, fabric.device)
     trained, spent = assemble(objective, data, model, train, seed, train_store, batches)
-    watched = evaluate.model_dump(include={"k", "temperature", "batch_size"})
-    decisive = train.model_dump(exclude=SAFETY)
-    parts = {"objective": objective, "data": data, "model": model, "train": decisive, "film": film}
-    work = workshop(root, name, seed=seed, watched=watched, **parts)
+    work = workshop(root, name, seed=seed, **decisive(objective, data, model, train, film, evaluate))
     with Lock(work / "lock", f"the run {name}"):
         recorder = Recorder(val_store, work, seed, len(spent), **film.model_dump())
         monitor = validation_monitor(train_store, val_store, evaluate, fabric.device)
-        patients = Reader(thinned(val_store, HEALTH_IMAGES), evaluate.batch_size, fabric.device)
-        health = HealthMonitor(patients, seed=seed, folder=work)
+        health = health_monitor(val_store, evaluate, fabric.device, seed, work)
         history = train_it(
             trained, batches, spent, work, train=train, seed=seed, fabric=fabric, monitor=monitor,
             health=health, recorder=recorder, report=report, say=say or speaker(),
@@ -414,15 +433,6 @@ def pretrain_run(
     write_time(root / "build/timings" / f"{name}.json", time.monotonic() - began, len(spent), train)
     return record
 
-
-def workshop(root: Path, name: str, **parts) -> Path:
-    """The folder in which a run works, named by all that determines its result, prepared images included."""
-    plain = {key: part.model_dump() if hasattr(part, "model_dump") else part for key, part in parts.items()}
-    manifest = read_json(root / "build/prepared/manifest.json")
-    folder = root / "build/work" / f"{name}-{fingerprint(manifest=manifest, **plain)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
 # %% ../nbs/15_runs.ipynb #9fb3cfaf
 CONSISTENCY_IMAGES = 512
 
@@ -431,12 +441,20 @@ def splits(root: Path, *names: str) -> list[Store]:
     """Splits of the prepared images as they are."""
     return [Store.open(root / "build/prepared", name) for name in names]
 
-
+# %% ../nbs/15_runs.ipynb #87e9e738
 def probes(evaluate: Evaluate) -> dict:
     """The keywords of `evaluate_features` from the evaluate section."""
     return evaluate.model_dump(include={"k", "temperature", "probe_c", "bootstrap", "seed"})
 
+# %% ../nbs/15_runs.ipynb #f28a8aa3
+def write_map(path: Path, x: np.ndarray, store: Store, evaluate: Evaluate) -> None:
+    """A two-dimensional map of features (n, d) with their classes, as parquet."""
+    rows, place = embedding(x, images=evaluate.embedding_images, seed=evaluate.seed)
+    labels = store.labels[rows]
+    names = [store.classes[i] if i >= 0 else "" for i in labels]
+    pd.DataFrame({"x": place[:, 0], "y": place[:, 1], "label": labels, "class": names}).to_parquet(path)
 
+# %% ../nbs/15_runs.ipynb #55af7a3f
 def evaluate_run(
     *, run: str, seed: int, evaluate: Evaluate, train: Train, folder: str | Path | None = None
 ) -> dict:
@@ -466,15 +484,7 @@ def evaluate_run(
     write_json(root / "results/evaluate" / f"{name}.json", result)
     return result
 
-
-def write_map(path: Path, x: np.ndarray, store: Store, evaluate: Evaluate) -> None:
-    """A two-dimensional map of features (n, d) with their classes, as parquet."""
-    rows, place = embedding(x, images=evaluate.embedding_images, seed=evaluate.seed)
-    labels = store.labels[rows]
-    names = [store.classes[i] if i >= 0 else "" for i in labels]
-    pd.DataFrame({"x": place[:, 0], "y": place[:, 1], "label": labels, "class": names}).to_parquet(path)
-
-
+# %% ../nbs/15_runs.ipynb #c4bd109d
 def baselines_run(
     *, data: Data, model: Model, evaluate: Evaluate, train: Train, folder: str | Path | None = None
 ) -> dict:
@@ -493,3 +503,13 @@ def baselines_run(
     }
     write_json(root / "results/evaluate/baselines.json", scores)
     return scores
+
+# %% ../nbs/15_runs.ipynb #3c90a5bb
+def replay(folder: str | Path, device: str = "cpu") -> Finding | None:
+    """Take the step of an incident again: the first operation that failed, None if all went well."""
+    told = read_json(Path(folder) / "incident.json")["recipe"]
+    data, model = Data(**told["data"]), Model(**told["model"])
+    images = Store(np.zeros((0, data.channels, *data.image_size)), [], [], told["mean"], told["std"])
+    mae = build_model(data, model, told["seed"], images)
+    objective = make_objective(mae, **told["objective"], epochs=told["epochs"])
+    return replay_step(folder, objective, make_fabric(device, told["precision"]))
