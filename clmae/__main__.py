@@ -262,7 +262,7 @@ def main(argv=None) -> int:
         return args.call(args) or 0
     except Stopped as error:
         print(f"\nclmae: {error}", file=sys.stderr)
-        return 0
+        return 2 if args.call is stage else 0
     except UserError as error:
         return complain(error, 2)
     except KeyboardInterrupt:

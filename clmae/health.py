@@ -357,13 +357,18 @@ class MaskFiles:
         earlier = [path for s, path in self.files().items() if s < step]
         return torch.from_numpy(read_tensors(earlier[-1])["hidden"]) if earlier else None
 
-    def keep(self, step: int, hidden: Tensor) -> None:
-        """Write the masks (images, n) at `step`; of all other files leave the last one before it."""
-        write_tensors(self.folder / f"masks-{step}.safetensors", {"hidden": hidden})
+    def needed(self, step: int) -> set[int]:
+        """The steps of masks that a checkpoint `step-<n>.json` here would ask for, and the last two."""
+        saved = [int(path.stem.removeprefix("step-")) for path in self.folder.glob("step-*.json")]
         older = [s for s in self.files() if s < step]
-        for s, path in self.files().items():
-            if s not in (step, *older[-1:]):
-                path.unlink()
+        asked = {max((s for s in older if s <= n), default=step) for n in saved}
+        return asked | {step, *older[-1:]}
+
+    def keep(self, step: int, hidden: Tensor) -> None:
+        """Write the masks (images, n) at `step` and remove all that are not needed."""
+        write_tensors(self.folder / f"masks-{step}.safetensors", {"hidden": hidden})
+        for s in self.files().keys() - self.needed(step):
+            self.files()[s].unlink()
 
 # %% ../nbs/12_health.ipynb #8f4ea010
 class Examination:

@@ -7,10 +7,10 @@ __all__ = ['NUMBERS', 'THREADS', 'INJECTED', 'MADE', 'MISSING', 'arguments', 'ki
            'check_block', 'sizes', 'patches', 'ratio_problem', 'heads_problem', 'leaves', 'check_numbers',
            'check_model', 'check_device', 'check_build', 'validate', 'read_valid', 'fingerprint', 'read_valid_once',
            'stage_notebook', 'parameter_names', 'chosen', 'refuse_unknown', 'surroundings', 'environment', 'Follower',
-           'followed', 'tidy_text', 'tidy_outputs', 'tidy', 'StageError', 'needs', 'failure', 'execute', 'run_stage',
-           'execute_or_explain', 'as_bytes', 'from_the_top', 'fix_links', 'output_markdown', 'cell_markdown', 'readme',
-           'write_readme', 'Difference', 'close', 'number', 'contents', 'compare_files', 'compare', 'report', 'rebuild',
-           'verify']
+           'followed', 'tidy_text', 'tidy_outputs', 'tidy', 'StageError', 'needs', 'failure', 'execute', 'Relay',
+           'attended', 'children', 'run_stage', 'execute_or_explain', 'as_bytes', 'from_the_top', 'fix_links',
+           'output_markdown', 'cell_markdown', 'readme', 'write_readme', 'Difference', 'close', 'number', 'contents',
+           'compare_files', 'compare', 'report', 'rebuild', 'verify']
 
 # %% ../nbs/14_pipeline.ipynb #5d6406c6
 import ast
@@ -21,6 +21,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,17 @@ from typing import Any, NamedTuple
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 import clmae
-from .config import Config, ConfigError, UserError, as_yaml, in_words, nearest, read_params, unknown
+from clmae.config import (
+    Config,
+    ConfigError,
+    Stopped,
+    UserError,
+    as_yaml,
+    in_words,
+    nearest,
+    read_params,
+    unknown,
+)
 from .files import find_root, read_json, sha256, write_bytes, write_json
 
 # %% ../nbs/14_pipeline.ipynb #d541dbde
@@ -446,7 +457,7 @@ def failure(error, label, kept) -> Exception:
     """What to raise for a failed notebook: the user's mistake as it is, else the end of its traceback."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
     if plain == f"{error.ename}: {error.evalue}":  # how clmae.config.UserError shows itself
-        return UserError(error.evalue)
+        return (Stopped if error.ename == "Stopped" else UserError)(error.evalue)
     line = f"stage {label}: {error.ename} in cell {error.exec_count}; the notebook so far is {kept}"
     return StageError(line, "\n".join(plain.splitlines()[-25:]))
 
@@ -473,6 +484,63 @@ def execute(source, partial, parameters, root):
             config=traitlets.Config(KernelManager=kernel),
         )
 
+# %% ../nbs/14_pipeline.ipynb #4d694106
+class Relay:
+    """Hands SIGTERM and SIGUSR1 on to `kernels()` while its block runs. Once: the next interrupts.
+
+    So is one without a kernel, and one that is not followed by a UserError of the kernel's.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, kernels):
+        self.kernels, self.given = kernels, False
+
+    def __enter__(self):
+        listens = threading.current_thread() is threading.main_thread()  # where signals arrive
+        self.old = {n: signal.signal(n, self.hand_on) for n in self.signals if listens}
+        return self
+
+    def hand_on(self, number, frame):
+        """Pass the signal to every kernel, if it is the first."""
+        kernels = self.kernels()
+        if self.given or not kernels:
+            raise KeyboardInterrupt
+        self.given = True
+        for kernel in kernels:
+            kernel.send_signal(number)
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+        if self.given and kind is not None and not issubclass(kind, UserError):
+            raise KeyboardInterrupt from None
+
+# %% ../nbs/14_pipeline.ipynb #65fc09fa
+@contextmanager
+def attended(relay, pause=0.5):
+    """While the block runs as a stage of DVC, the end of the process that started us counts as SIGTERM."""
+    parent, done = os.getppid(), threading.Event()
+
+    def loop():
+        while not done.wait(pause):
+            if os.getppid() != parent and not relay.given:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    if "DVC_STAGE" in os.environ:
+        threading.Thread(target=loop, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+# %% ../nbs/14_pipeline.ipynb #8d6985ec
+def children() -> list:
+    """The processes that this one has started and that still run: the kernel of a stage."""
+    (psutil,) = needs("psutil")
+    return psutil.Process().children()
+
 # %% ../nbs/14_pipeline.ipynb #35e00c0e
 def run_stage(name, keys=(), *, run=None, seed=None, params="params.yaml", root=None) -> Path:
     """Run the stage `name` with the parts `keys` of the parameters; return its notebook in results/notebooks.
@@ -488,7 +556,8 @@ def run_stage(name, keys=(), *, run=None, seed=None, params="params.yaml", root=
     file, label, start = f"{source.stem}{which}.ipynb", name + which, time.monotonic()
     partial, progress = root / "build/failed" / file, root / "build/progress" / label
     with environment(surroundings(root, config.train.threads, progress)), followed(progress, sys.stderr):
-        notebook = execute_or_explain(source, partial, parameters, root, label)
+        with Relay(children) as relay, attended(relay):
+            notebook = execute_or_explain(source, partial, parameters, root, label)
     result = root / "results/notebooks" / file
     write_bytes(result, as_bytes(tidy(notebook, root)))
     write_json(root / f"build/timings/{label}.json", {"seconds": time.monotonic() - start})

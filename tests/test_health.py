@@ -210,6 +210,29 @@ def test_interrupted_and_resumed_it_says_the_same(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("back", [4, 10, 12, 20])
+def test_fallen_back_to_any_checkpoint_there_is_it_says_the_same(tmp_path, back):
+    def life(steps, monitor):
+        return [monitor(record(step), Patient(patients["alive"])) for step in steps]
+
+    def checkpoints(steps):
+        for step in steps:
+            (tmp_path / f"step-{step}.json").write_text("{}")
+
+    fresh = lambda folder=tmp_path: HealthMonitor(pictures(40).split(16), 5, folder)  # noqa: E731
+    ends = (4, 8, 12, 16, 20, 24)
+    peaceful = life(ends, fresh(None))
+    monitor = fresh()
+    for end in ends[:5]:
+        life([end], monitor)
+        checkpoints([end] if end in (4, 12, 20) else [10] if end == 8 else [])
+    left = [end for end in ends if end > back]
+    for path in tmp_path.glob("step-*.json"):  # the newer ones were damaged
+        if int(path.stem[5:]) > back:
+            path.unlink()
+    assert life(left, fresh()) == peaceful[-len(left) :]
+
+
 def test_batches_and_the_random_side_throw_dice_of_their_own(monkeypatch):
     class Chance(Patient):
         def choose(self, tokens, pos, draw):

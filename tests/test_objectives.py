@@ -10,7 +10,7 @@ from clmae.losses import hidden_mean, ratio_kl_mean, samenesses, soft_reconstruc
 from clmae.mae import build_mae
 from clmae.masker import attend, relaxations
 from clmae.masking import Draw
-from clmae.objectives import Turns, make_objective, objectives, view
+from clmae.objectives import IGNORABLE, CurriculumLearnedMasking, Turns, make_objective, objectives, view
 from clmae.patches import patchify
 
 everyone = pytest.mark.parametrize("name", sorted(objectives))
@@ -217,6 +217,32 @@ def test_excess_is_the_error_beyond_the_teachers(excess):
 def test_excess_without_a_teacher_is_refused():
     with pytest.raises(ValueError, match="teacher"):
         make("cl_mae", excess=True)
+
+
+def test_what_may_be_left_alone_is_the_default():
+    defaults = CurriculumLearnedMasking.__init__.__kwdefaults__
+    for name in IGNORABLE.keys() & defaults.keys():
+        assert defaults[name] == IGNORABLE[name]
+    for estimator in ("rank", "frozen", "policy", "soft"):
+        extra = {"temperature": 1.0, "weights": {"kl": 25.6}, "kl": "mean", "excess": False}
+        make("cl_mae", estimator=estimator, **extra)  # nothing is said that isn't so anyway
+
+
+@pytest.mark.parametrize("estimator", ["rank", "policy", "frozen", "soft"])
+def test_nothing_is_kept_for_a_turn_that_does_not_come(estimator):
+    torch.manual_seed(0)
+    masker = {"depth": 1, "heads": 2, "every": 2}
+    settings = {"estimator": estimator, "temperature": 1.0, "masker": masker}
+    objective = make_objective(build_mae(*SHAPES["square"], **SMALL), "cl_mae", **settings)
+    for step, kept in (
+        (0, estimator in ("rank", "policy")),
+        (1, False),
+        (2, estimator in ("rank", "policy")),
+    ):
+        objective.before_step(step)
+        objective.loss("mae", images_for(objective), 0.0, Draw(seed=(step,)))
+        assert bool(objective.seen) == kept
+        objective.after_step(0.0)
 
 
 @everyone

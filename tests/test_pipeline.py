@@ -131,6 +131,18 @@ BAD_BLOCKS = [
     (block("emae", mask={"name": "growing_ratio"}), "objectives.emae: parts: ", "grow"),
     (block(estimator="policy", temperature=0.0, masker={}), "objectives.cl_mae: estimator policy", "chance"),
     (block(excess=True, teacher=None), "objectives.cl_mae: excess", "teacher: {}"),
+    (block(estimator="rank", relaxation="scale"), "objectives.cl_mae: relaxation: estimator rank", "soft"),
+    (block(estimator="frozen", kl="released"), "objectives.cl_mae: kl: estimator frozen", "soft and policy"),
+    (
+        block(estimator="policy", masker={}, weights={"gauss": 1.0}),
+        "objectives.cl_mae: weights.gauss: ",
+        "soft",
+    ),
+    (
+        block(estimator="soft", masker={}, excess=True, teacher={}),
+        "objectives.cl_mae: excess: estimator soft",
+        "rank",
+    ),
     (
         block(masker={"fraction": 0.5, "every": 1.5}),
         "objectives.cl_mae.masker.every: 1.5; expected a whole",
@@ -364,6 +376,51 @@ def test_interrupted_stage_stops_its_kernel_and_says_how_to_go_on(repository, se
             return
         time.sleep(0.1)
     raise AssertionError("the kernel is still there")
+
+
+SAVES = """import os, signal, time
+from clmae.config import Stopped
+given = []
+for each in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(each, lambda number, _: given.append(signal.Signals(number).name))
+with open('pid', 'w') as f:
+    f.write(str(os.getpid()))
+while not given:
+    time.sleep(0.01)
+open('saved', 'w').write('all')
+raise Stopped(f"stopped by {given[0]} after step 3 of 9, which is saved; run the same to go on")
+"""
+
+
+def begun(root, *before):
+    """The stage `long`, started by the command `before` in a session of its own; its kernel is at work."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [*before, sys.executable, "-m", "clmae", "stage", "long", "-P", "train"]
+    stage = subprocess.Popen(
+        command, cwd=root, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(root / "pid")
+    return stage
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_a_stage_lets_its_kernel_save(repository, sent):
+    root = repository("long", SAVES)
+    stage = begun(root)
+    stage.send_signal(sent)
+    said = stage.communicate(timeout=30)[1]
+    line = f"stopped by {sent.name} after step 3 of 9, which is saved; run the same to go on"
+    assert said.strip().splitlines()[-1] == f"clmae: {line}" and "Traceback" not in said
+    assert stage.returncode == 2  # not 0, which DVC would take for done
+    assert (root / "saved").read_text() == "all" and result(root, "long") == "earlier"
+
+
+def test_a_stage_whose_dvc_has_gone_saves_and_stops(repository):
+    root = repository("long", SAVES)
+    stage = begun(root, "env", "DVC_STAGE=long", "sh", "-c", '"$@"; true', "sh")  # true: sh has to wait
+    stage.kill()
+    said = stage.stderr.read()  # until the stage has ended, too
+    assert "clmae: stopped by SIGTERM after step 3 of 9" in said and (root / "saved").exists()
 
 
 def test_second_repro_at_the_same_time_is_refused_by_dvc(tmp_path):
