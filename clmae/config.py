@@ -220,6 +220,10 @@ class Train(Crops):
         10.0, "a checkpoint every so many minutes, besides one per epoch; null: none between", "minutes", gt=0
     )
     keep_checkpoints: int = key(2, "newest checkpoints that are kept; a damaged one is passed over", ge=1)
+    keep_every: int | None = key(
+        None, "a network kept for good every so many epochs, beside the last; null: none", "epochs", ge=1
+    )
+    keep_best: bool = key(True, "also keep the network with the best validation kNN")
     nonfinite: Literal["stop", "skip"] = key(
         "stop", "a loss or gradient that is no number stops the run, or its step is skipped (a few per epoch)"
     )

@@ -8,8 +8,8 @@ __all__ = ['BYTES', 'PASSES', 'SCORE_TERMS', 'BALANCE', 'RESERVE', 'devices', 'S
            'embed_cost', 'encode_cost', 'decode_cost', 'judge_cost', 'near_cost', 'choose_cost', 'visible',
            'teacher_cost', 'mae_cost', 'unmoved', 'second_pass_cost', 'masker_cost', 'remembered', 'phase_costs',
            'step_flops', 'measure', 'size_parameters', 'mae_parameters', 'masker_parameters', 'parameters', 'widest',
-           'kept_bytes', 'memory', 'passes', 'Device', 'read_count', 'positive', 'device_of', 'imagine', 'shared',
-           'spent', 'limit_of', 'fitted', 'plan', 'describe']
+           'kept_bytes', 'memory', 'passes', 'in_words', 'free_memory', 'advise', 'Device', 'read_count', 'positive',
+           'device_of', 'imagine', 'shared', 'spent', 'limit_of', 'fitted', 'plan', 'describe']
 
 # %% ../nbs/16_cost.ipynb #5d6406c6
 from collections.abc import Callable
@@ -20,12 +20,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import UserError, unknown
+from .data import available_memory
 from .estimators import Policy, Soft
 from .mae import MAE, build_mae
 from .masker import ROUNDS, Masker, attend
 from .masking import Draw, keep_count
 from .objectives import MaskedAutoencoding, make_objective
-from .trainer import peak_rate
+from .trainer import cut_into, halve, peak_rate
 from .vit import Trunk, presets, trunk_parameters
 
 # %% ../nbs/16_cost.ipynb #9644eb92
@@ -373,6 +374,31 @@ def passes(objective: MaskedAutoencoding, batch: int, room: float, **how) -> int
         if sum(memory(objective, batch, accumulate=accumulate, **how).values()) <= (1 - RESERVE) * room:
             return accumulate
     return None
+
+# %% ../nbs/16_cost.ipynb #69afb26e
+def in_words(size: float) -> str:
+    """A number of bytes, in GB, or in MB if it is below one GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+# %% ../nbs/16_cost.ipynb #560df0a8
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+# %% ../nbs/16_cost.ipynb #e3c411e9
+def advise(objective: MaskedAutoencoding, room: float, gpus: int = 1, **how) -> Callable[[int, int], str]:
+    """Advice for the trainer's `memory_advice` if `room` bytes of a device are free; `how`: see `memory`."""
+
+    def advice(batch: int, accumulate: int) -> str:
+        count = passes(objective, batch // gpus, room, gpus=gpus, **how)
+        said = f"fit into the {in_words(room)} that were free"
+        if count is None:
+            return f"by the cost model not even one image would {said}; {cut_into(batch, None)}"
+        if count <= accumulate:
+            return f"by the cost model they {said}; {halve(batch, accumulate)}"
+        return f"by the cost model {batch // gpus // count} images {said}; {cut_into(batch, count)}"
+
+    return advice
 
 # %% ../nbs/16_cost.ipynb #c05b1131
 class Device(NamedTuple):

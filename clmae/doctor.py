@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'MANIFEST', 'Check', 'judged', 'told', 'environment', 'multiplies_bf16', 'machine', 'raw', 'remade',
-           'prepared', 'images', 'rehearse', 'rate', 'in_words', 'free_memory', 'memory', 'disk', 'some_steps', 'clock',
-           'pace', 'watching', 'forecast', 'speed', 'trial', 'incidents', 'read_incident', 'cures', 'known', 'retake',
-           'examine']
+           'prepared', 'images', 'rehearse', 'rate', 'memory', 'disk', 'some_steps', 'clock', 'pace', 'watching',
+           'forecast', 'speed', 'trial', 'incidents', 'read_incident', 'cures', 'known', 'retake', 'examine']
 
 # %% ../nbs/19_doctor.ipynb #5d6406c6
 import importlib.util
@@ -28,7 +27,7 @@ from .evaluate import features
 from .files import free_space, home, read_json
 from .health import HealthMonitor
 from .pipeline import read_valid
-from .trainer import Course, begin, duration, make_fabric, memory_advice, peak_rate
+from .trainer import Course, begin, duration, make_fabric, memory_advice
 
 # %% ../nbs/19_doctor.ipynb #46e9ae4d
 class Check(NamedTuple):
@@ -142,15 +141,10 @@ def rehearse(config: Config, run: str, stores, seed: int) -> Course:
     train, sections = config.train, (config.data, config.model, config.train)
     fabric = make_fabric(train.device, train.precision)
     batches = runs.training_batches(stores[0], train, seed, fabric.device)
-    settings = train.model_dump(
-        include={"betas", "weight_decay", "warmup", "clip", "accumulate", "nonfinite"}
-    )
     with memory_advice(batches.batch_size, train.accumulate):
         objective, spent = runs.assemble(config.objectives[run], *sections, seed, stores[0], batches)
-        return begin(
-            objective, batches, steps=len(spent), rate=peak_rate(train.base_lr, batches.batch_size),
-            seed=seed, floor=train.min_lr, fabric=fabric, **settings,
-        )  # fmt: skip
+        settings = runs.course_settings(train, batches.batch_size, len(spent), seed)
+        return begin(objective, batches, fabric=fabric, **settings)
 
 # %% ../nbs/19_doctor.ipynb #f7ff3d40
 def rate(course: Course, train: Train) -> Check:
@@ -161,35 +155,29 @@ def rate(course: Course, train: Train) -> Check:
     note = course.batches.note
     return judged(not note, "rate", said, str(note))
 
-# %% ../nbs/19_doctor.ipynb #69afb26e
-def in_words(size: float) -> str:
-    """A number of bytes, in GB, or in MB if it is below one GB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
-
-# %% ../nbs/19_doctor.ipynb #560df0a8
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else data.available_memory()
-
 # %% ../nbs/19_doctor.ipynb #82395562
 def memory(course: Course, train: Train, room: float) -> Check:
     """Bytes of one step as the cost model has them, beside the `room` there is."""
     how = {"precision": train.precision, "fused": course.fabric.device.type == "cuda"}
     batch = course.batches.batch_size
     parts = cost.memory(course.objective, batch, accumulate=train.accumulate, **how)
-    need, kept = sum(parts.values()), parts["kept"]
-    said = f"a step takes {in_words(need)}, {in_words(kept)} of it for backward; {in_words(room)} are free"
+    need, kept, words = sum(parts.values()), parts["kept"], cost.in_words
+    said = f"a step takes {words(need)}, {words(kept)} of it for backward; {words(room)} are free"
     count = cost.passes(course.objective, batch, room, **how)
     cure = f"set train.accumulate: {count}" if count else "even one image is too much; take a smaller model"
     return judged(need <= (1 - cost.RESERVE) * room, "memory", said, cure, "wrong")
 
 # %% ../nbs/19_doctor.ipynb #bb050823
 def disk(course: Course, train: Train, room: float) -> Check:
-    """Bytes of the checkpoints that are kept, and of the one being written, beside the `room` there is."""
+    """Bytes of the checkpoints and networks that are kept, one more being written, beside the `room`."""
     parts = cost.memory(course.objective, course.batches.batch_size)
+    epochs = math.ceil(course.steps / course.batches.steps_per_epoch)
+    networks = train.keep_best + (epochs // train.keep_every if train.keep_every else 0)
     need = (train.keep_checkpoints + 1) * (parts["weights"] + parts["optimizer"])
-    said = f"checkpoints take {in_words(need)} of {in_words(room)} free"
-    return judged(need < room, "disk", said, "make room or lower train.keep_checkpoints", "wrong")
+    need += 2 * networks * parts["weights"]  # in the work folder, and copied when the run is done
+    said = f"checkpoints take {cost.in_words(need)} of {cost.in_words(room)} free"
+    cure = "make room, or change train.keep_checkpoints or train.keep_every"
+    return judged(need < room, "disk", said, cure, "wrong")
 
 # %% ../nbs/19_doctor.ipynb #7eb867d9
 def some_steps(total: int, count: int) -> list[int]:
@@ -256,7 +244,7 @@ def trial(config: Config, run: str, root: Path, count: int) -> Iterator[Check]:
     seed, stores = config.seeds[0], runs.open_stores(root / "build/prepared", config.data, "train", "val")
     course = rehearse(config, run, stores, seed)
     yield rate(course, config.train)
-    fits = memory(course, config.train, free_memory(course.fabric.device))
+    fits = memory(course, config.train, cost.free_memory(course.fabric.device))
     yield fits
     yield disk(course, config.train, free_space(root))
     if fits.state == "ok":

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MONITOR_BANK', 'HEALTH_IMAGES', 'SAFETY', 'CONSISTENCY_IMAGES', 'build_model', 'phase_flops', 'cumulative_flops',
-           'plan', 'knn_every', 'write_curves', 'to_pixels', 'spread', 'part_of', 'shot_of', 'Shooting', 'Recorder',
-           'fingerprint', 'speaker', 'open_stores', 'thinned', 'Reader', 'validation_monitor', 'assemble', 'one_line',
-           'train_it', 'summary', 'leave', 'write_time', 'recipe_of', 'training_batches', 'decisive', 'workshop',
-           'health_monitor', 'pretrain_run', 'splits', 'probes', 'write_map', 'evaluate_run', 'baselines_run', 'replay']
+           'plan', 'knn_every', 'write_curves', 'Milestones', 'to_pixels', 'spread', 'part_of', 'shot_of', 'Shooting',
+           'Recorder', 'fingerprint', 'speaker', 'open_stores', 'thinned', 'Reader', 'validation_monitor', 'assemble',
+           'one_line', 'course_settings', 'memory_adviser', 'train_it', 'summary', 'leave', 'write_time', 'recipe_of',
+           'training_batches', 'decisive', 'workshop', 'health_monitor', 'pretrain_run', 'splits', 'probes',
+           'write_map', 'evaluate_run', 'baselines_run', 'replay']
 
 # %% ../nbs/15_runs.ipynb #5d6406c6
 import hashlib
@@ -27,10 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
 from .config import Data, Evaluate, Film, Model, Train, UserError
+from .cost import advise, free_memory
 from .curriculum import position
 from .data import Store, TrainBatches, eval_batches
 from .evaluate import baseline_features, consistency, embedding, evaluate_features, features, knn_monitor
-from .files import Lock, fresh_dir, home, read_json, read_tensors, write_json, write_tensors
+from .files import Lock, fresh_dir, home, read_json, read_tensors, recover, write_json, write_tensors
 from .health import HealthMonitor
 from .mae import MAE, build_mae, load_mae, save_mae
 from .masking import Draw
@@ -65,9 +67,9 @@ def phase_flops(
                 total = objective.loss(phase, images, pos, Draw(seed=(0,))).total
                 torch.autograd.grad(total, list(objective.nets[phase].parameters()), allow_unused=True)
             counted[phase] += counter.get_total_flops()
-    costs = {phase: flops * batch // (count * len(places)) for phase, flops in counted.items()}
     objective.monitor()  # forget what it watched here
-    return costs
+    shares = {phase: [objective.images(phase, b) for b in (batch, count)] for phase in counted}
+    return {phase: counted[phase] * all_ // (few * len(places)) for phase, (all_, few) in shares.items()}
 
 # %% ../nbs/15_runs.ipynb #85e1e59a
 def cumulative_flops(objective: Objective, costs: dict[str, int], budget: int) -> list[int]:
@@ -121,6 +123,36 @@ def write_curves(history: list[dict], folder: Path) -> None:
             for name, value in record.items():
                 if not isinstance(value, str):
                     live.log_metric(name.replace(".", "/"), value)
+
+# %% ../nbs/15_runs.ipynb #44bc7b31
+class Milestones:
+    """A monitor that keeps networks in `folder`: `epoch-<n>` every so many epochs, and the `best` by kNN.
+
+    Each is a folder as `save_mae` writes it, with the epoch's record as record.json.
+    """
+
+    def __init__(self, folder: str | Path, every: int | None = None, best: bool = True):
+        self.folder, self.every, self.best = Path(folder), every, best
+
+    def __call__(self, record: dict, objective: Objective) -> dict:
+        if self.every and record["epoch"] % self.every == 0:
+            self.keep(f"epoch-{record['epoch']}", record, objective)
+        if self.best and record.get("knn", -1.0) > self.reached():
+            self.keep("best", record, objective)
+        return {}
+
+    def reached(self) -> float:
+        """The kNN of the best so far; −1 if there is none."""
+        recover(self.folder / "best")
+        path = self.folder / "best/record.json"
+        return read_json(path)["knn"] if path.exists() else -1.0
+
+    def keep(self, name: str, record: dict, objective: Objective) -> None:
+        """Write the network and its record."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with fresh_dir(self.folder / name) as folder:
+            save_mae(objective.autoencoder, folder)
+            write_json(folder / "record.json", record)
 
 # %% ../nbs/15_runs.ipynb #e82f0b10
 def to_pixels(images: torch.Tensor, store: Store) -> np.ndarray:
@@ -287,6 +319,21 @@ def one_line(record: dict) -> str:
     start = f"epoch {record['epoch']:3d} · step {record['step']:5d}"
     return f"{start} · loss {' '.join(losses)}{factor}{gap}{knn}{health}"
 
+# %% ../nbs/15_runs.ipynb #df449edb
+def course_settings(train: Train, batch: int, steps: int, seed: int) -> dict:
+    """The keywords of the trainer's `begin` for `steps` steps on batches of `batch` images."""
+    same = {"betas", "weight_decay", "warmup", "clip", "accumulate", "nonfinite"}
+    rate = peak_rate(train.base_lr, batch)
+    return {
+        "steps": steps, "rate": rate, "seed": seed, "floor": train.min_lr, **train.model_dump(include=same)
+    }  # fmt: skip
+
+
+def memory_adviser(objective: Objective, train: Train, fabric):
+    """The cost model's advice for a run that is about to begin on this device."""
+    how = {"precision": train.precision, "fused": fabric.device.type == "cuda", "gpus": fabric.world_size}
+    return advise(objective, free_memory(fabric.device), **how)
+
 # %% ../nbs/15_runs.ipynb #fbf6acbb
 def train_it(
     objective, batches, spent, work, *, train: Train, seed, fabric, monitor, health, recorder, report, say,
@@ -301,12 +348,13 @@ def train_it(
         report(one_line(record))
         return {}
 
+    knn = knn_every(monitor, train.monitor_epochs, len(spent))
+    milestones = Milestones(Path(work) / "checkpoints", train.keep_every, train.keep_best)
     return fit(
-        objective, batches, steps=len(spent), rate=peak_rate(train.base_lr, batches.batch_size), seed=seed,
-        betas=train.betas, weight_decay=train.weight_decay, warmup=train.warmup, floor=train.min_lr,
-        clip=train.clip, accumulate=train.accumulate, fabric=fabric, folder=work, at=recorder.cameras(),
-        say=say, minutes=train.checkpoint_minutes, keep=train.keep_checkpoints, nonfinite=train.nonfinite,
-        recipe=recipe, monitors=[cost, knn_every(monitor, train.monitor_epochs, len(spent)), health, tell],
+        objective, batches, fabric=fabric, folder=work, at=recorder.cameras(), say=say, recipe=recipe,
+        minutes=train.checkpoint_minutes, keep=train.keep_checkpoints,
+        advice=memory_adviser(objective, train, fabric), monitors=[cost, knn, health, milestones, tell],
+        **course_settings(train, batches.batch_size, len(spent), seed),
     )  # fmt: skip
 
 # %% ../nbs/15_runs.ipynb #ec1fff58
@@ -340,13 +388,16 @@ def leave(
 ) -> None:
     """Move a finished run to its place.
 
-    The encoder, history and film go to build/runs, the record and curves to results.
+    The networks, history and film go to build/runs, the record and curves to results.
     """
     with fresh_dir(root / "build/runs" / name) as folder:
         save_mae(objective.autoencoder, folder)
         write_json(folder / "run.json", record)
         write_json(folder / "history.json", history)
         recorder.cut(folder / "film.safetensors", objective.encoder.grid)
+        if (work / "checkpoints").exists():
+            hidden = shutil.ignore_patterns(".*")  # what an interruption left behind
+            shutil.copytree(work / "checkpoints", folder / "checkpoints", ignore=hidden)
     write_curves(history, root / "results/curves" / name)
     write_json(root / "results/pretrain" / f"{name}.json", record)
 
@@ -357,7 +408,7 @@ def write_time(path: Path, seconds: float, steps: int, train: Train) -> None:
     write_json(path, {"seconds": round(seconds, 1), "steps": steps, **machine})
 
 # %% ../nbs/15_runs.ipynb #cdd8fce8
-SAFETY = {"checkpoint_minutes", "keep_checkpoints", "nonfinite"}
+SAFETY = {"checkpoint_minutes", "keep_checkpoints", "keep_every", "keep_best", "nonfinite"}
 
 
 def recipe_of(

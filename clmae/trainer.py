@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SKIPS', 'MEANT', 'tokens_of', 'make_optimizers', 'peak_rate', 'make_fabric', 'Slices', 'Moved', 'limit',
-           'phase_step', 'followers', 'put_back', 'one_step', 'out_of_memory', 'finer', 'memory_advice', 'Outfit',
-           'Course', 'NotFinite', 'Watch', 'check_weights', 'count', 'check_skips', 'loss_means', 'optimizer_tensors',
-           'restore_optimizer', 'under', 'tally_tensors', 'restore_tally', 'save_checkpoint', 'read_checkpoint',
-           'restore_checkpoint', 'warn', 'CheckpointFiles', 'Checkpoints', 'duration', 'Meter', 'Notice', 'record',
-           'look', 'begin', 'line_of', 'walk', 'fit', 'folder_of', 'first_bad', 'keep_incident', 'Finding', 'broken',
-           'ours', 'written', 'Finder', 'OneBatch', 'replay_step']
+           'phase_step', 'followers', 'put_back', 'one_step', 'out_of_memory', 'finer', 'cut_into', 'halve',
+           'memory_advice', 'Outfit', 'Course', 'NotFinite', 'Watch', 'check_weights', 'count', 'check_skips',
+           'loss_means', 'optimizer_tensors', 'restore_optimizer', 'under', 'tally_tensors', 'restore_tally',
+           'save_checkpoint', 'read_checkpoint', 'restore_checkpoint', 'warn', 'CheckpointFiles', 'Checkpoints',
+           'duration', 'Meter', 'Notice', 'record', 'look', 'begin', 'line_of', 'walk', 'fit', 'folder_of', 'first_bad',
+           'keep_incident', 'Finding', 'broken', 'ours', 'written', 'Finder', 'OneBatch', 'replay_step']
 
 # %% ../nbs/11_trainer.ipynb #5d6406c6
 import math
+import os
+import shlex
 import signal
 import sys
 import threading
@@ -163,6 +165,7 @@ def one_step(
 ) -> dict[str, Moved]:
     """All phases of one optimizer step at learning rate `rate`; what they were, by phase."""
     moved, before = {}, [tensor.clone() for tensor in followers(objective)] if skip else []
+    objective.before_step(step)
     for phase in objective.phases(step):
         for group in optimizers[phase].param_groups:
             group["lr"] = rate
@@ -187,21 +190,33 @@ def finer(batch: int, accumulate: int) -> int | None:
     """The next number of slices, at least twice as many, that divides `batch`; None if there is none."""
     return next((count for count in range(2 * accumulate, batch + 1) if batch % count == 0), None)
 
-# %% ../nbs/11_trainer.ipynb #72336066
+# %% ../nbs/11_trainer.ipynb #ff946161
+#| export
+
+# %% ../nbs/11_trainer.ipynb #96e19e74
+def cut_into(batch: int, count: int | None) -> str:
+    """The advice to cut `batch` into `count` slices; None: to take less of everything."""
+    if count is None:
+        return "take a smaller model or smaller images"
+    return f"train.accumulate: {count} puts {batch // count} there and is the same batch of {batch}"
+
+
+def halve(batch: int, accumulate: int) -> str:
+    """The advice of those who know nothing but the batch."""
+    return cut_into(batch, finer(batch, accumulate))
+
+
 @contextmanager
-def memory_advice(batch: int, accumulate: int):
-    """Turn out-of-memory into a UserError that says which train.accumulate halves what lies in memory."""
+def memory_advice(batch: int, accumulate: int, advice: Callable[[int, int], str] = halve):
+    """Turn out-of-memory into a UserError that says what `advice(batch, accumulate)` says."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        count, cure = finer(batch, accumulate), "take a smaller model or smaller images"
-        if count:
-            cure = f"train.accumulate: {count} puts {batch // count} there and is the same batch of {batch}"
         raise UserError(
             f"out of memory with {batch // accumulate} images in it (train.batch_size {batch}, "
-            f"train.accumulate {accumulate}); {cure}"
+            f"train.accumulate {accumulate}); {advice(batch, accumulate)}"
         ) from None
 
 # %% ../nbs/11_trainer.ipynb #b161e8b8
@@ -220,6 +235,7 @@ class Outfit:
     clip: float | None = None
     accumulate: int = 1
     skip: bool = False
+    advice: Callable[[int, int], str] = halve
 
     def place(self, step: int) -> dict[str, float]:
         """Where in training a step is, `pos`, and its learning rate, `lr`."""
@@ -236,7 +252,7 @@ class Course(Outfit):
 
     def take(self, step: int, careful: bool = False) -> dict[str, Moved]:
         """Take one step; `careful` measures gradients whether or not they are clipped."""
-        with memory_advice(self.batches.batch_size, self.accumulate):
+        with memory_advice(self.batches.batch_size, self.accumulate, self.advice):
             return one_step(
                 self.fabric, self.objective, self.optimizers, step, self.slices(step),
                 *self.place(step).values(), self.clip, self.skip, careful,
@@ -604,6 +620,7 @@ def fit(
     at: dict[int, Callable[[Objective], None]] | None = None,
     say: Callable[[str], None] = lambda line: None,
     recipe: dict | None = None,
+    advice: Callable[[int, int], str] = halve,
     fabric: Fabric | None = None,
     **settings,
 ) -> list[dict]:
@@ -612,11 +629,13 @@ def fit(
     Returns the history, one record per epoch. The newest of the `keep` checkpoints in `folder` is continued;
     one is written per epoch and every so many `minutes`. `monitors` are called with (record, objective) and
     return what to add to the record. `recipe` is kept with an incident: how the objective was made.
+    `advice(batch, accumulate)` says what to do when memory is full.
     Raises UserError for a loss that is not finite, a checkpoint of another shape of model, a full disk or
     a full memory, and Stopped after SIGTERM or SIGUSR1.
     """
     course = begin(objective, batches, fabric=fabric, **settings)
     checkpoints = Checkpoints(folder, keep, minutes)
+    course.advice = advice
     with Notice(bool(folder)) as notice:
         try:
             return walk(course, checkpoints, notice, list(monitors), at or {}, say)
@@ -654,7 +673,8 @@ def keep_incident(course: Course, checkpoints: Checkpoints, trouble: NotFinite, 
         write_json(
             folder / "incident.json", {"step": step, "what": trouble.what, **course.place(step), **told}
         )
-    return f"; weights and batch of step {step}: clmae.runs.replay({str(folder_of(checkpoints))!r})"
+    where = shlex.quote(os.path.relpath(folder_of(checkpoints)))
+    return f"; weights and batch of step {step}: python -m clmae replay {where}"
 
 # %% ../nbs/11_trainer.ipynb #7eb867f3
 @dataclass(frozen=True)

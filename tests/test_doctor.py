@@ -125,7 +125,7 @@ def test_a_rehearsal_is_what_pretraining_does(here, monkeypatch, run):
     settings = config(clip=1.0, accumulate=2, min_lr=0.1, nonfinite="skip")
     fitted = {}
 
-    def caught(objective, batches, *, folder, at, say, minutes, keep, recipe, monitors, **given):
+    def caught(objective, batches, *, folder, at, say, minutes, keep, recipe, advice, monitors, **given):
         fitted.update(course=trainer.begin(objective, batches, **given))
         raise Stopped("seen")
 
@@ -184,7 +184,7 @@ def small_course(tmp_path_factory):
 
 
 def test_a_run_that_does_not_fit_takes_no_step(here, monkeypatch):
-    monkeypatch.setattr(doctor, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(doctor.cost, "free_memory", lambda device: 1000)
     monkeypatch.setattr(trainer.Course, "take", lambda *_, **__: pytest.fail("a step was taken"))
     found = states(doctor.trial(config(), "mae", here, 4))
     assert found["memory"] == "wrong" and "speed" not in found

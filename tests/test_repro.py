@@ -4,6 +4,7 @@ The copies are made as `make smoke` makes its own, from 100 drawn images and a m
 """
 
 import os
+import random
 import re
 import runpy
 import shutil
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -79,9 +81,9 @@ def repro(top: Path, *targets: str) -> tuple[int, str]:
     return end(start(top, *targets))
 
 
-def steps_saved(top: Path) -> int:
+def steps_saved(top: Path, name: str = NAME) -> int:
     """The step of the checkpoint in build/work; 0 if there is none."""
-    found = (top / "build/work").glob(f"{NAME}-*/step-*.json")
+    found = (top / "build/work").glob(f"{name}-*/step-*.json")
     return max((int(path.stem.removeprefix("step-")) for path in found), default=0)
 
 
@@ -222,6 +224,88 @@ def test_bad_data_is_one_line_and_earlier_results_stay(finished, tmp_path, spoil
     assert code != 0 and "Traceback" not in said, said
     assert len([line for line in said.splitlines() if words in line]) == 1, said
     assert files(top / "results") == files(finished / "results")
+
+
+def left_by(top: Path, name: str) -> dict[str, bytes]:
+    """What a pretraining run leaves, but for its notebook."""
+    places = [top / "build/runs" / name, top / "results/curves" / name]
+    found = {f"{place.parent.name}/{file}": data for place in places for file, data in files(place).items()}
+    return found | {"record": (top / f"results/pretrain/{name}.json").read_bytes()}
+
+
+def kill(process: subprocess.Popen, all_at_once: bool):
+    """SIGKILL for DVC and its stage; the kernel, in a session of its own, goes with them or notices later."""
+    family = psutil.Process(process.pid).children(recursive=True) if all_at_once else []
+    for member in reversed(family):  # the kernel first: it may be writing
+        member.kill()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def killed(top: Path, name: str, chance: random.Random, stride: int) -> tuple[int, bool]:
+    """A `dvc repro` killed at a random moment: the step saved, and whether a checkpoint was being written."""
+    process, before = start(top, f"pretrain@{name}"), steps_saved(top, name)
+    kind = chance.choice(["early", "between", "writing", "writing"])
+    if kind == "early":
+        time.sleep(chance.uniform(0, 6))
+    else:
+        goal = before + chance.randint(1, stride)
+        wait_for(process, lambda: steps_saved(top, name) >= goal)
+        time.sleep(chance.uniform(0, 0.02))
+    pieces = lambda: list((top / "build/work").glob(f"{name}-*/.step-*"))  # noqa: E731
+    while kind == "writing" and process.poll() is None and not pieces():
+        pass
+    kill(process, all_at_once=kind == "writing" or chance.random() < 0.5)
+    return steps_saved(top, name), bool(pieces())
+
+
+def train_under_fire(top: Path, name: str, kills: int):
+    """Train again with a checkpoint after every step, killed `kills` times; what `killed` said each time."""
+    SMOKE["override"](top, {"train": {"checkpoint_minutes": 1e-6}})  # another setting, the same result
+    chance, steps = random.Random(f"{name} {kills}"), read_json(top / f"results/pretrain/{name}.json")["step"]
+    told = [killed(top, name, chance, steps // (kills + 2)) for _ in range(kills)]
+    code, said = repro(top, f"pretrain@{name}")
+    assert code == 0, said
+    assert not list((top / "build/work").iterdir())
+    return told
+
+
+def test_dvc_that_is_ended_lets_training_save(finished, tmp_path):
+    top = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
+    SMOKE["override"](top, {"train": {"checkpoint_minutes": 5.0}})
+    process = start(top, f"pretrain@{NAME}")
+    wait_for(process, lambda: steps_saved(top) > 0)
+    process.terminate()  # DVC alone, which ends without a word to its stage
+    said = process.communicate(timeout=120)[0]
+    found = re.search(
+        r"clmae: stopped by SIGTERM after step (\d+) of \d+, which is saved; run the same", said
+    )
+    assert found and "Traceback" not in said, said
+    assert steps_saved(top) == int(found[1])
+    code, said = repro(top, f"pretrain@{NAME}")
+    assert code == 0, said
+    assert left_by(top, NAME) == left_by(finished, NAME)
+
+
+def test_killed_a_few_times_under_dvc_it_leaves_the_same_bytes(finished, tmp_path):
+    top = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
+    told = train_under_fire(top, NAME, 3)
+    assert told[-1][0] > 0
+    assert left_by(top, NAME) == left_by(finished, NAME)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("run", ["cl_mae", "rc_mae"])
+def test_killed_at_many_moments_under_dvc_it_leaves_the_same_bytes(run, finished, tmp_path):
+    top, name = shutil.copytree(finished, tmp_path / "copy", symlinks=True), f"{run}-0"
+    SMOKE["override"](top, {"runs": ["cl_mae", "rc_mae"]})
+    code, said = repro(top, f"pretrain@{name}")
+    assert code == 0, said
+    peaceful = left_by(top, name)
+    told = train_under_fire(top, name, 16)
+    assert left_by(top, name) == peaceful
+    assert len({step for step, _ in told}) > 5 and any(writing for _, writing in told)
 
 
 @pytest.fixture

@@ -171,7 +171,8 @@ def sick_from(objective, *steps):
 @some
 @pytest.mark.parametrize("bad", [5, 7])
 def test_a_gradient_that_is_no_number_is_found_and_replayed(name, bad, tmp_path):
-    with pytest.raises(UserError, match=rf"weights and batch of step {bad}: clmae.runs.replay") as error:
+    said = rf"weights and batch of step {bad}: python -m clmae replay .*incident$"
+    with pytest.raises(UserError, match=said) as error:
         fit(sick_from(make(name), bad), Noise(), steps=12, rate=1e-3, folder=tmp_path)
     assert "\n" not in str(error.value)
     again = sick_from(make(name, seed=3), bad)
