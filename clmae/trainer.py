@@ -8,8 +8,9 @@ __all__ = ['PRECISIONS', 'SKIPS', 'MEANT', 'tokens_of', 'make_optimizers', 'peak
            'memory_advice', 'Outfit', 'Course', 'NotFinite', 'Watch', 'check_weights', 'count', 'check_skips',
            'loss_means', 'optimizer_tensors', 'restore_optimizer', 'under', 'tally_tensors', 'restore_tally',
            'save_checkpoint', 'read_checkpoint', 'restore_checkpoint', 'warn', 'CheckpointFiles', 'Checkpoints',
-           'duration', 'Meter', 'Notice', 'record', 'look', 'begin', 'line_of', 'walk', 'fit', 'folder_of', 'first_bad',
-           'keep_incident', 'Finding', 'broken', 'ours', 'written', 'Finder', 'OneBatch', 'replay_step']
+           'duration', 'Meter', 'Notice', 'record', 'look', 'begin', 'line_of', 'walk', 'walk_or_keep', 'fit',
+           'folder_of', 'first_bad', 'keep_incident', 'Finding', 'broken', 'ours', 'written', 'Finder', 'OneBatch',
+           'replay_step']
 
 # %% ../nbs/11_trainer.ipynb #5d6406c6
 import math
@@ -200,12 +201,12 @@ def cut_into(batch: int, count: int | None) -> str:
         return "take a smaller model or smaller images"
     return f"train.accumulate: {count} puts {batch // count} there and is the same batch of {batch}"
 
-
+# %% ../nbs/11_trainer.ipynb #271b62b7
 def halve(batch: int, accumulate: int) -> str:
     """The advice of those who know nothing but the batch."""
     return cut_into(batch, finer(batch, accumulate))
 
-
+# %% ../nbs/11_trainer.ipynb #72336066
 @contextmanager
 def memory_advice(batch: int, accumulate: int, advice: Callable[[int, int], str] = halve):
     """Turn out-of-memory into a UserError that says what `advice(batch, accumulate)` says."""
@@ -608,6 +609,14 @@ def walk(course: Course, checkpoints: Checkpoints, notice: Notice, monitors, at:
     look(at, course.steps, objective)
     return history
 
+# %% ../nbs/11_trainer.ipynb #36348d2f
+def walk_or_keep(course: Course, checkpoints: Checkpoints, told: dict, *how) -> list[dict]:
+    """`walk`; of a step that went wrong the incident is kept, with `told`, and a UserError says where."""
+    try:
+        return walk(course, checkpoints, *how)
+    except NotFinite as trouble:
+        raise UserError(f"{trouble}{keep_incident(course, checkpoints, trouble, told)}") from None
+
 # %% ../nbs/11_trainer.ipynb #54548e8a
 def fit(
     objective: Objective,
@@ -628,7 +637,7 @@ def fit(
 
     Returns the history, one record per epoch. The newest of the `keep` checkpoints in `folder` is continued;
     one is written per epoch and every so many `minutes`. `monitors` are called with (record, objective) and
-    return what to add to the record. `recipe` is kept with an incident: how the objective was made.
+    return what to add to the record. `recipe`, how the objective was made, is kept with an incident;
     `advice(batch, accumulate)` says what to do when memory is full.
     Raises UserError for a loss that is not finite, a checkpoint of another shape of model, a full disk or
     a full memory, and Stopped after SIGTERM or SIGUSR1.
@@ -636,12 +645,9 @@ def fit(
     course = begin(objective, batches, fabric=fabric, **settings)
     checkpoints = Checkpoints(folder, keep, minutes)
     course.advice = advice
+    told = {"settings": settings, "recipe": recipe or {}}
     with Notice(bool(folder)) as notice:
-        try:
-            return walk(course, checkpoints, notice, list(monitors), at or {}, say)
-        except NotFinite as trouble:
-            told = {"settings": settings, "recipe": recipe or {}}
-            raise UserError(f"{trouble}{keep_incident(course, checkpoints, trouble, told)}") from None
+        return walk_or_keep(course, checkpoints, told, notice, list(monitors), at or {}, say)
 
 # %% ../nbs/11_trainer.ipynb #374df555
 def folder_of(checkpoints: Checkpoints) -> Path:
