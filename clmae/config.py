@@ -6,9 +6,9 @@
 __all__ = ['Whole', 'Share', 'Positive', 'Size', 'Beta', 'Betas', 'Area', 'Shape', 'Precision', 'SIZE', 'RANGE', 'Name', 'BLOCKS',
            'WORDS', 'SIGNS', 'SECTIONS', 'CHECKS', 'UserError', 'ConfigError', 'Stopped', 'nearest', 'unknown',
            'as_yaml', 'shown', 'yaml_problem', 'read_yaml', 'Section', 'key', 'square', 'as_tuple', 'ascending', 'Data',
-           'Model', 'Train', 'Film', 'Evaluate', 'Shards', 'Config', 'bounds', 'in_words', 'expected', 'field_at',
-           'unknown_key', 'line', 'check_patches', 'check_heads', 'check_accumulate', 'check_lanes', 'check_runs',
-           'check_blocks', 'parse', 'read_params', 'rows', 'table']
+           'Model', 'Optimisation', 'Crops', 'Train', 'Film', 'Evaluate', 'Shards', 'Config', 'bounds', 'in_words',
+           'expected', 'field_at', 'unknown_key', 'line', 'check_patches', 'check_heads', 'check_accumulate',
+           'check_lanes', 'check_runs', 'check_blocks', 'parse', 'read_params', 'rows', 'table']
 
 # %% ../nbs/00_config.ipynb #5d6406c6
 import difflib
@@ -29,7 +29,7 @@ class UserError(Exception):
     def _render_traceback_(self):  # what IPython asks for; a notebook shows the line alone, too
         return [f"{type(self).__name__}: {self}"]
 
-
+# %% ../nbs/00_config.ipynb #065caf2d
 class ConfigError(UserError):
     """A mistake in `params.yaml`; `problems` holds every line, `str(e)` the first and the others' keys."""
 
@@ -39,7 +39,7 @@ class ConfigError(UserError):
         where = f"{path}: " if path else ""
         super().__init__(where + problems[0] + (f" (also wrong: {', '.join(others)})" if others else ""))
 
-
+# %% ../nbs/00_config.ipynb #c2d384f9
 class Stopped(UserError):
     """No mistake: the run was asked to stop, has saved its work and says how to continue."""
 
@@ -176,9 +176,9 @@ class Model(Section):
     decoder_depth: int | None = key(None, "blocks of the decoder", ge=1)
     decoder_heads: int | None = key(None, "attention heads of the decoder; divide its width", ge=1)
 
-# %% ../nbs/00_config.ipynb #c5857e52
-class Train(Section):
-    """The loop that every objective shares."""
+# %% ../nbs/00_config.ipynb #e1ccf84e
+class Optimisation(Section):
+    """How long is trained, and how a step is taken."""
 
     epochs: int = key(
         60, "passes over the training images, of a run whose step costs as much as MAE's", "epochs", ge=1
@@ -196,9 +196,19 @@ class Train(Section):
     warmup: float = key(0.05, "share of the steps in which the learning rate rises", "share", ge=0, lt=1)
     min_lr: float = key(0.0, "learning rate at the end", "share of the peak", ge=0, le=1)
     clip: float | None = key(None, "largest norm of a net's gradient; null: no clipping", gt=0)
+
+# %% ../nbs/00_config.ipynb #4312efca
+class Crops(Optimisation):
+    """The same, and what is cut out of an image."""
+
     crop_scale: Area = key((0.2, 1.0), "area of a crop", "share of the image", f"{RANGE}, each > 0 and ≤ 1")
     crop_ratio: Shape = key((0.75, 1.3333), "shape of a crop", "width / height", f"{RANGE}, each > 0")
     flip: bool = key(True, "mirror every second image, on average")
+
+# %% ../nbs/00_config.ipynb #c5857e52
+class Train(Crops):
+    """The loop that every objective shares."""
+
     device: str = key(
         "cpu", "where to train", allowed="cpu, auto, cuda or cuda:N", pattern=r"^(cpu|auto|cuda(:\d+)?)$"
     )
@@ -229,7 +239,7 @@ class Film(Section):
     moments: int = key(6, "moments of training at which they are filmed, first and last included", ge=2)
     average_over: int = key(256, "validation images for the average of what is hidden", "images", ge=1)
 
-
+# %% ../nbs/00_config.ipynb #70096e54
 class Evaluate(Section):
     """Frozen features and the probes on them."""
 
@@ -391,7 +401,7 @@ def check_heads(config):
         if width and heads and width % heads:
             yield f"model.{prefix}heads: {heads} does not divide model.{prefix}width {width}"
 
-
+# %% ../nbs/00_config.ipynb #3e344cb3
 def check_accumulate(config):
     """A batch splits into equal micro-batches."""
     batch, parts = config.train.batch_size, config.train.accumulate
@@ -417,7 +427,7 @@ def check_runs(config):
         if twice:
             yield f"{field}: {twice[0]!r} is listed twice"
 
-
+# %% ../nbs/00_config.ipynb #7476834d
 def check_blocks(config):
     """Every block of objectives says which objective it is."""
     for name, block in config.objectives.items():

@@ -65,7 +65,7 @@ def linear(tokens: int, inside: int, outside: int, mode: str) -> Cost:
     kept = tokens * inside if mode in ("first", "learn") else 0
     return Cost(2 * tokens * inside * outside * PASSES[mode], narrow=kept)
 
-
+# %% ../nbs/16_cost.ipynb #08385a82
 def norm(tokens: int, d: int, mode: str) -> Cost:
     """LayerNorm of `tokens` vectors (d,): keeps them, their means and spreads. Its operations don't count."""
     return Cost(wide=0 if mode == "read" else tokens * (d + 2))
@@ -75,7 +75,7 @@ def storage(tensor: torch.Tensor) -> int:
     """Where a tensor's memory begins."""
     return tensor.untyped_storage().data_ptr()
 
-
+# %% ../nbs/16_cost.ipynb #3af6153e
 def tally(loss: Callable[[], torch.Tensor], learning: list, own: list) -> tuple[int, int]:
     """Operations of `loss()` and of its gradients for `learning` tensors, and bytes kept for backward."""
     saved, known = {}, {storage(tensor) for tensor in own}
@@ -113,7 +113,7 @@ class Size(NamedTuple):
     heads: int
     inner: int
 
-
+# %% ../nbs/16_cost.ipynb #f9549cf9
 def size_of(trunk: Trunk, width: int) -> Size:
     """The size of a `Trunk` of this width."""
     heads, inner = 1, 0
@@ -142,17 +142,17 @@ def patch_values(mae: MAE) -> int:
     ph, pw = mae.encoder.patch_size
     return ph * pw * mae.encoder.channels
 
-
+# %% ../nbs/16_cost.ipynb #8671231b
 def embed_cost(mae: MAE, mode: str) -> Cost:
     """From the pixels of an image to its tokens."""
     return linear(mae.encoder.n, patch_values(mae), mae.encoder.width, mode)
 
-
+# %% ../nbs/16_cost.ipynb #e2a43b10
 def encode_cost(mae: MAE, k: int, mode: str, fused: bool = True) -> Cost:
     """The encoder on k patches and the class token."""
     return trunk_cost(1 + k, size_of(mae.encoder.trunk, mae.encoder.width), mode, fused)
 
-
+# %% ../nbs/16_cost.ipynb #7d371611
 def decode_cost(mae: MAE, k: int, mode: str) -> Cost:
     """The decoder, from k patches and the class token to all n patches."""
     n, d, w = mae.encoder.n, mae.encoder.width, mae.decoder.width
@@ -170,7 +170,7 @@ def judge_cost(masker: Masker, d: int, mode: str) -> Cost:
     others = Cost(narrow=n * width if mode == "learn" else 0)  # one token is read, and all are held with it
     return enter + blocks + linear(1, width, masker.parts * n, mode) + others
 
-
+# %% ../nbs/16_cost.ipynb #a39d3c35
 def near_cost(masker: Masker, mode: str) -> Cost:
     """The masker's kernel on one mask, which it keeps with the border it needs."""
     (gh, gw), reach = masker.grid, masker.reach
@@ -203,7 +203,7 @@ def teacher_cost(objective: MaskedAutoencoding, k: int) -> Cost:
     distance = Cost(wide=parts * mae.encoder.n * patch_values(mae) if watching.weight else 0)
     return embed_cost(mae, "read") + predict.times(parts) + chosen + distance
 
-
+# %% ../nbs/16_cost.ipynb #5dc797ff
 def mae_cost(objective: MaskedAutoencoding, pos: float = 0.0) -> Cost:
     """The MAE's phase for one image."""
     mae, parts, k = objective.mae, objective.parts, visible(objective, pos)
@@ -220,7 +220,7 @@ def unmoved(tokens: int, d: int, fused: bool) -> Cost:
     spared = 6 * tokens * d**2 + (0 if fused else 6 * tokens**2 * d)
     return Cost(spared, wide=tokens * (d + 2), narrow=0 if fused else 2 * tokens * d)
 
-
+# %% ../nbs/16_cost.ipynb #6c6b6e71
 def second_pass_cost(objective: MaskedAutoencoding, fused: bool = False) -> Cost:
     """The MAE under one soft mask. `fused`: whether attention is, although its bias needs a gradient."""
     mae, n = objective.mae, objective.mae.encoder.n
@@ -258,7 +258,7 @@ def remembered(objective: MaskedAutoencoding) -> int:
     replays = "masker" in objective.phases(0) and objective.estimator.replays
     return objective.mae.encoder.n * objective.mae.encoder.width if replays else 0
 
-
+# %% ../nbs/16_cost.ipynb #ed8a0a66
 def phase_costs(
     objective: MaskedAutoencoding, batch: int, pos: float = 0.0, fused: bool = False
 ) -> dict[str, Cost]:
@@ -273,7 +273,7 @@ def phase_costs(
         costs["masker"] = masker_cost(objective, fused).times(count) + others
     return costs
 
-
+# %% ../nbs/16_cost.ipynb #6494d6bf
 def step_flops(objective: MaskedAutoencoding, batch: int) -> float:
     """Operations of a step, the mean over training: its beginning, middle and end, and the masker's turns."""
     every = objective.turns.every if "masker" in objective.phases(0) else 1
@@ -301,14 +301,14 @@ def size_parameters(size: Size) -> int:
     """Parameters of a trunk with its last norm."""
     return trunk_parameters(size.width, size.depth, size.inner / size.width)
 
-
+# %% ../nbs/16_cost.ipynb #151d4d4e
 def mae_parameters(mae: MAE) -> int:
     """Parameters of encoder and decoder."""
     d, w, values = mae.encoder.width, mae.decoder.width, patch_values(mae)
     encoder = values * d + d + d + size_parameters(size_of(mae.encoder.trunk, d))
     return encoder + d * w + w + w + size_parameters(size_of(mae.decoder.trunk, w)) + w * values + values
 
-
+# %% ../nbs/16_cost.ipynb #bcb3ba6a
 def masker_parameters(masker: Masker, d: int) -> int:
     """Parameters of a masker on tokens of width d."""
     n, width = masker.grid[0] * masker.grid[1], masker.norm.normalized_shape[0]
@@ -317,7 +317,7 @@ def masker_parameters(masker: Masker, d: int) -> int:
     kernel = (2 * masker.reach + 1) ** 2 if masker.reach else 0
     return enter + size_parameters(size_of(masker.trunk, width)) + width * outputs + outputs + kernel
 
-
+# %% ../nbs/16_cost.ipynb #1b8582db
 def parameters(objective: MaskedAutoencoding) -> dict[str, int]:
     """Parameters by net, a teacher's included."""
     counts = {"mae": mae_parameters(objective.mae)}
@@ -332,7 +332,7 @@ def widest(objective: MaskedAutoencoding, images: int) -> int:
     encoder, decoder = size_of(mae.encoder.trunk, 1), size_of(mae.decoder.trunk, 1)
     return images * objective.parts * max((1 + k) * encoder.inner, (1 + mae.encoder.n) * decoder.inner)
 
-
+# %% ../nbs/16_cost.ipynb #32693e43
 def kept_bytes(objective: MaskedAutoencoding, images: int, precision: str, fused: bool) -> float:
     """Bytes kept for backward at worst: of all phases, at the beginning and at the end of training."""
     costs = [phase_costs(objective, images, pos, fused) for pos in (0.0, 1.0)]
@@ -380,12 +380,12 @@ def in_words(size: float) -> str:
     """A number of bytes, in GB, or in MB if it is below one GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
-
+# %% ../nbs/16_cost.ipynb #560df0a8
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take on a device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
-
+# %% ../nbs/16_cost.ipynb #e3c411e9
 def advise(objective: MaskedAutoencoding, room: float, gpus: int = 1, **how) -> Callable[[int, int], str]:
     """Advice for the trainer's `memory_advice` if `room` bytes of a device are free; `how`: see `memory`."""
 
@@ -407,7 +407,7 @@ class Device(NamedTuple):
     peak: float
     memory: float
 
-
+# %% ../nbs/16_cost.ipynb #ff946161
 devices: dict[str, Device] = {
     "a100": Device(312e12, 80e9),
     "h100": Device(989e12, 80e9),
@@ -432,7 +432,7 @@ def read_count(text: str | int, key: str) -> int:
         raise UserError(f"{key}: {text!r} is no count; write a whole number >= 1 such as 50000, 50k or 1.28M")
     return count
 
-
+# %% ../nbs/16_cost.ipynb #3424a69d
 def positive(value: float | None, key: str, most: float = float("inf")) -> None:
     """UserError naming `key` unless the value is above 0 and at most `most`."""
     if value is not None and not 0 < value <= most:
@@ -465,7 +465,7 @@ def imagine(
     except ValueError as error:
         raise UserError(f"no such model: {error}") from error
 
-
+# %% ../nbs/16_cost.ipynb #c7b8d6e6
 def shared(batch: int, gpus: int) -> int:
     """Images a device gets of a global batch; UserError unless all get the same number."""
     if batch % gpus:
@@ -485,7 +485,7 @@ def spent(objective: MaskedAutoencoding, batch: int, steps: int, speed: float) -
         "images_per_second": batch * speed / flops,
     }
 
-
+# %% ../nbs/16_cost.ipynb #52e8e54a
 def limit_of(accumulate: int | None, batch: int, used: float, room: float) -> str:
     """What limits a run, in words: arithmetic if the images of a device fit in one pass, else memory."""
     if accumulate is None:
@@ -494,7 +494,7 @@ def limit_of(accumulate: int | None, batch: int, used: float, room: float) -> st
         return f"memory: {batch // accumulate} images a pass fit; set train.accumulate to {accumulate}"
     return f"compute: all {batch} images of a device fit in one pass"
 
-
+# %% ../nbs/16_cost.ipynb #55b51521
 def fitted(objective: MaskedAutoencoding, batch: int, room: float, **how) -> dict:
     """How `batch` images a step fit into a device of `room` bytes; `how` as for `memory`."""
     accumulate = passes(objective, batch, room, **how)

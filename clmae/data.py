@@ -9,9 +9,9 @@ __all__ = ['EXTENSIONS', 'FOREIGN', 'SPLITS', 'MODES', 'LAB', 'SRGB', 'DataError
            'class_order', 'parquet_source', 'find_source', 'Bad', 'open_still', 'sixteen', 'eight_bit', 'coloured',
            'fit', 'upright', 'reason', 'decode', 'split_off', 'assign', 'NpyWriter', 'in_order', 'Looked', 'sums_of',
            'look', 'printable', 'Tally', 'moments', 'repeated', 'check_tally', 'pack', 'split_facts', 'describe',
-           'origin', 'check_request', 'cores', 'prepare', 'store_arrays', 'Store', 'normalise', 'largest', 'draw_crops',
-           'places', 'augment', 'available_memory', 'fits', 'to_device', 'Resident', 'Streamed', 'Plan', 'TrainBatches',
-           'eval_batches']
+           'origin', 'write_manifest', 'check_request', 'cores', 'prepare', 'store_arrays', 'Store', 'normalise',
+           'largest', 'draw_crops', 'places', 'augment', 'available_memory', 'fits', 'to_device', 'Resident',
+           'Streamed', 'Plan', 'Supply', 'TrainBatches', 'eval_batches']
 
 # %% ../nbs/02_data.ipynb #5d6406c6
 import json
@@ -587,6 +587,12 @@ def origin(source: Source, tally: Tally) -> dict:
         "split_off_from_train": [split for split in ("val", "test") if split not in source.parts],
     }
 
+# %% ../nbs/02_data.ipynb #c1bb2909
+def write_manifest(tmp: Path, source: Source, tally: Tally, **settings):
+    """Write `manifest.json` of a store that was made from `source` with these settings."""
+    manifest = describe(tmp, tally, source.classes) | origin(source, tally) | {"settings": settings}
+    files.write_json(tmp / "manifest.json", manifest)
+
 # %% ../nbs/02_data.ipynb #640fb224
 def check_request(source: Source, channels: int, size, out):
     """UserError for a number of channels that image files can't give, or a disk too small for the store."""
@@ -630,9 +636,7 @@ def prepare(
     with files.fresh_dir(out) as tmp:
         pack(source, goes, tmp, tally, threads or cores(), progress or (lambda *_: None), **how)
         check_tally(tally, max_bad, source_root)
-        settings = {"settings": {**how, "validation": validation, "seed": seed, "max_bad": max_bad}}
-        manifest = describe(tmp, tally, source.classes) | origin(source, tally) | settings
-        files.write_json(tmp / "manifest.json", manifest)
+        write_manifest(tmp, source, tally, **how, validation=validation, seed=seed, max_bad=max_bad)
     return files.read_json(Path(out) / "manifest.json")
 
 # %% ../nbs/02_data.ipynb #1c81426f
@@ -830,9 +834,9 @@ class Plan:
         crops = draw_crops(rng, self.batch_size, self.size, self.scale, self.ratio)
         return crops, rng.random(self.batch_size) < (0.5 if self.flip else 0.0)
 
-# %% ../nbs/02_data.ipynb #e6e2e01e
-class TrainBatches(Plan):
-    """Augmented, normalised batches of a Store on a device; a pure function of (seed, step).
+# %% ../nbs/02_data.ipynb #6e931a83
+class Supply(Plan):
+    """A plan and the images of a Store that it asks for, kept on a device or read ahead.
 
     `batch_size` is global; `crop_scale` share of the area; `crop_ratio` width/height; `resident` auto, always
     or never. To read: `steps_per_epoch`, `size` (h, w), `note` (str or None). UserError: unknown `resident`.
@@ -858,6 +862,10 @@ class TrainBatches(Plan):
         self.mean, self.std = (torch.tensor(m, device=self.device) for m in (store.mean, store.std))
         self.resident = fits(store.images.nbytes, self.device, resident)
         self.reader = (Resident if self.resident else Streamed)(store.images, self.device)
+
+# %% ../nbs/02_data.ipynb #e6e2e01e
+class TrainBatches(Supply):
+    """Augmented, normalised batches of a Store on a device; a pure function of (seed, step)."""
 
     def rows(self, step: int, start: int, stop: int) -> Tensor:
         """Rows start…stop of the global batch of a step, (stop − start, c, h, w), augmented, normalised."""

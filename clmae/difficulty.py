@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'IMAGES', 'chance', 'some', 'pixel_neighbours', 'colour_neighbours', 'small_network', 'train_network',
-           'accuracy', 'supervised', 'measure']
+           'accuracy', 'supervised', 'without_training', 'measure']
 
 # %% ../nbs/16_difficulty.ipynb #5d6406c6
 from collections.abc import Callable
@@ -109,10 +109,22 @@ def supervised(train: Store, tests: dict, *, recipe=RECIPE, seed=0, progress=Non
         "recipe": {**recipe, "seed": seed}
     }
 
-# %% ../nbs/16_difficulty.ipynb #43fedbe8
+# %% ../nbs/16_difficulty.ipynb #b646554b
 IMAGES = 5000  # of each split; more would not change what the numbers say
 
 
+def without_training(train: Store, tests: dict[str, Store], k: int, temperature: float) -> dict:
+    """What needs no network: chance, and neighbours in mean colour and in pixels, for each test store."""
+    near = {"k": k, "temperature": temperature}
+    each = lambda f, **how: {name: f(train, store, **how) for name, store in tests.items()}  # noqa: E731
+    return {
+        "chance": {name: chance(train.labels, store.labels) for name, store in tests.items()},
+        "mean_colour": each(colour_neighbours, k=k),
+        "pixels_16": each(pixel_neighbours, size=16, **near),
+        "pixels_64": each(pixel_neighbours, size=64, **near),
+    }
+
+# %% ../nbs/16_difficulty.ipynb #43fedbe8
 def measure(
     prepared, *, k=20, temperature=0.07, seed=0, threads=1, images=IMAGES, recipe=RECIPE, progress=None
 ):
@@ -131,15 +143,10 @@ def measure(
         if reason := skip_reason(train.labels, store.labels):
             return {"skipped": reason}
         check_labels(train.labels, store.labels, train.classes)
-    near = {"k": k, "temperature": temperature}
-    each = lambda f, **how: {name: f(train, store, **how) for name, store in tests.items()}  # noqa: E731
     return {
         "classes": train.classes,
         "images": {"train": len(train), "val": len(val), "test": len(test)},
         "k": k,
-        "chance": {name: chance(train.labels, store.labels) for name, store in tests.items()},
-        "mean_colour": each(colour_neighbours, k=k),
-        "pixels_16": each(pixel_neighbours, size=16, **near),
-        "pixels_64": each(pixel_neighbours, size=64, **near),
+        **without_training(train, tests, k, temperature),
         "supervised": supervised(train, tests, recipe=recipe, seed=seed, progress=progress),
     }

@@ -40,7 +40,7 @@ class Check(NamedTuple):
     def __str__(self):
         return f"{self.state:5}  {self.subject:10}  {' '.join(self.said.split())}"
 
-
+# %% ../nbs/19_doctor.ipynb #e5ce7fbf
 def judged(good: bool, subject: str, said: str, cure: str, worst: str = "note") -> Check:
     """`ok` if all is good, else `worst` with the cure."""
     return Check("ok", subject, said) if good else Check(worst, subject, f"{said}; {cure}")
@@ -94,24 +94,24 @@ def machine(train: Train) -> Iterator[Check]:
     precision = f"train.precision {train.precision}; bf16 is {'' if native else 'not '}native to {device}"
     yield judged(native or train.precision != "bf16", "precision", precision, '"32" will be faster here')
 
-# %% ../nbs/19_doctor.ipynb #fb534833
+# %% ../nbs/19_doctor.ipynb #ff946161
 MANIFEST = "build/prepared/manifest.json"
 
-
+# %% ../nbs/19_doctor.ipynb #fb534833
 def raw(config: Config, root: Path) -> Check:
     """What lies in data.root."""
     source = data.find_source(root / config.data.root)
     counts = ", ".join(f"{len(part.names)} {split}" for split, part in source.parts.items())
     return Check("ok", "data", f"{config.data.root}: {source.kind}, {counts}, {len(source.classes)} classes")
 
-
+# %% ../nbs/19_doctor.ipynb #c165d0e5
 def remade(config: Config, manifest: dict) -> str:
     """Which settings of the prepared images the data section no longer has, in words; "" if none."""
     now = {"validation": config.data.validation, "seed": config.data.seed, "min_size": config.data.min_size}
     then = manifest.get("settings", {})
     return ", ".join(f"data.{k} {then[k]}" for k, value in now.items() if k in then and then[k] != value)
 
-
+# %% ../nbs/19_doctor.ipynb #c1266781
 def prepared(config: Config, root: Path) -> Check:
     """What lies in build/prepared, and whether it is what the data section asks for."""
     stores = runs.open_stores(root / "build/prepared", config.data, "train", "val")
@@ -186,7 +186,7 @@ def some_steps(total: int, count: int) -> list[int]:
     first = range(min(total, (count + 1) // 2))
     return sorted({*first, *range(max(0, total - count // 2), total)})
 
-
+# %% ../nbs/19_doctor.ipynb #854acbce
 def clock(device: torch.device) -> float:
     """Seconds, when everything that was asked of the device is done."""
     if device.type == "cuda":
@@ -204,7 +204,7 @@ def pace(course: Course, count: int) -> tuple[float, bool]:
     seconds = (clock(device) - began) / len(steps)
     return seconds, not torch.stack(bad).any().item()
 
-
+# %% ../nbs/19_doctor.ipynb #547d62fb
 def watching(course: Course, config: Config, stores, seed: int) -> float:
     """Mean seconds of an epoch's monitors: health, measured; kNN, from a part of its images."""
     device, some = course.fabric.device, config.evaluate.batch_size
@@ -228,7 +228,7 @@ def forecast(course: Course, step: float, watch: float) -> str:
     share = f"{epoch:.3g} s an epoch of {each:,} steps, {watch / epoch:.0%} of it monitors"
     return f"{share}; {whole / 3600:.3g} hours ({duration(whole)}) for all {course.steps:,} steps"
 
-
+# %% ../nbs/19_doctor.ipynb #413ec8b9
 def speed(course: Course, config: Config, stores, seed: int, count: int) -> Iterator[Check]:
     """Images a second, measured; the time of an epoch and of the run; whether the losses were finite."""
     step, finite = pace(course, count)
@@ -256,7 +256,7 @@ def incidents(root: Path) -> list[Path]:
     """Folders of steps that went wrong, below build/work."""
     return sorted(path.parent for path in root.glob("build/work/*/incident/incident.json"))
 
-
+# %% ../nbs/19_doctor.ipynb #ae194a0c
 def read_incident(folder: Path, root: Path) -> dict:
     """What `incident.json` in a folder says; UserError if it can't be replayed, and which others could."""
     others = ", ".join(os.path.relpath(path) for path in incidents(root)) or "none"
@@ -284,7 +284,7 @@ def cures(finding) -> str:
         "lower train.base_lr, set train.clip or precision 32 (a new run), or train.nonfinite: skip (goes on)"
     )
 
-
+# %% ../nbs/19_doctor.ipynb #0c2eba93
 def known(device: str) -> str:
     """The device, if train.device could be it; UserError for any other word."""
     try:
@@ -292,7 +292,7 @@ def known(device: str) -> str:
     except ValidationError:
         raise UserError(f"--device: {device!r}; expected cpu, auto, cuda or cuda:N") from None
 
-
+# %% ../nbs/19_doctor.ipynb #09c193eb
 def retake(folder: str | Path, device: str = "cpu", root: Path | None = None) -> tuple[bool, str]:
     """Take the step of an incident again: whether it failed again, and a report in lines."""
     what = read_incident(Path(folder), root or home())

@@ -43,7 +43,7 @@ class Seen(NamedTuple):
         hidden, error = (x.unflatten(0, (parts, b))[:, :m].flatten(0, 1) for x in (self.hidden, self.error))
         return Seen(self.tokens[:m], hidden, error)
 
-
+# %% ../nbs/10_estimators.ipynb #6b00c29a
 class Terms(NamedTuple):
     """`parts` are the unweighted terms of a loss by name, `weights` what each counts."""
 
@@ -64,7 +64,7 @@ def term_weights(
     """
     return {"gauss": gauss, "kl": kl, "diversity": diversity}
 
-
+# %% ../nbs/10_estimators.ipynb #9198d382
 @dataclass(frozen=True)
 class Shape:
     """How scores are kept decided, in ratio and diverse: the paper's three terms, and their weights."""
@@ -89,7 +89,7 @@ def as_scores(logits: Tensor) -> Tensor:
         return logits.sigmoid()
     return balance(logits).exp().movedim(-1, 0).flatten(0, 1)
 
-
+# %% ../nbs/10_estimators.ipynb #79885edd
 def as_logits(logits: Tensor) -> Tensor:
     """What a relaxation reads, (b, n) or (K·b, n): its sigmoid is `as_scores`."""
     if logits.ndim == 2:
@@ -126,12 +126,12 @@ class Estimator:
         """The terms of the masker's loss."""
         raise NotImplementedError
 
-
+# %% ../nbs/10_estimators.ipynb #d3800183
 def as_it_is(x: Tensor) -> Tensor:
     """What one process has is the whole."""
     return x
 
-
+# %% ../nbs/10_estimators.ipynb #c952f202
 @dataclass(frozen=True)
 class Soft(Estimator):
     """CL-MAE's estimator (arXiv 2308.16572): gradients through a soft mask and the MAE."""
@@ -209,22 +209,22 @@ def soft(shape: Shape, reconstruction: str) -> Soft:
     """The paper's estimator."""
     return Soft(shape, reconstruction)
 
-
+# %% ../nbs/10_estimators.ipynb #d5b61955
 def rank(shape: Shape, reconstruction: str, *, loss: Literal[tuple(rankings)] = "regression") -> Rank:
     """Learn difficulty from errors."""
     return Rank(loss_name=loss)
 
-
+# %% ../nbs/10_estimators.ipynb #9fc19ba9
 def policy(shape: Shape, reconstruction: str) -> Policy:
     """The score-function estimator."""
     return Policy(shape)
 
-
+# %% ../nbs/10_estimators.ipynb #4446e88c
 def frozen(shape: Shape, reconstruction: str) -> Frozen:
     """The control."""
     return Frozen()
 
-
+# %% ../nbs/10_estimators.ipynb #ff946161
 estimators: dict[str, Callable[..., Estimator]] = {
     "soft": soft,
     "rank": rank,

@@ -11,7 +11,7 @@ __all__ = ['COLOURS', 'DASHES', 'KEPT', 'HIDDEN', 'BASELINE', 'STYLE', 'styled',
            'conceal', 'thumbnails', 'has_scores', 'film_cells', 'paste', 'factor_at', 'moment_labels', 'pixel_axes',
            'draw_block', 'score_key', 'draw_film', 'lean', 'draw_mask_maps', 'share_key', 'probes', 'spread',
            'summarise', 'beaten', 'verdict', 'quarter_gaps', 'health_summary', 'read_evaluations', 'metrics',
-           'score_table', 'draw_accuracy', 'name_rows', 'draw_method', 'consistency_table', 'draw_consistency',
+           'score_table', 'name_rows', 'draw_method', 'draw_accuracy', 'consistency_table', 'draw_consistency',
            'flop_unit', 'draw_compute', 'draw_embedding', 'Reel', 'read_reel', 'read_reels', 'glow', 'error_view',
            'hidden_error', 'views', 'bench', 'bench_labels', 'name_cases', 'colour_key', 'tints', 'draw_bench',
            'draw_strip', 'draw_contacts', 'controls', 'laboratory', 'finished', 'curriculum_figures', 'gap_figures',
@@ -264,7 +264,7 @@ def ending(table) -> str:
     counts = {said: int((last == said).sum()) for said in dict.fromkeys(last)}
     return "; ".join(s if n == len(last) else f"{s} ({n} of {len(last)} seeds)" for s, n in counts.items())
 
-
+# %% ../nbs/13_figures.ipynb #f75146b0
 def story(table) -> str:
     """How one run was judged: in the end, and when it was first not alive."""
     bad = table[table["health.verdict"].notna() & ~table["health.verdict"].isin(FINE)]
@@ -585,26 +585,6 @@ def score_table(results: dict, baselines: dict) -> pd.DataFrame:
         for probe in probes(result)
     )
 
-# %% ../nbs/13_figures.ipynb #d6b0295c
-PROBES = {"knn": "weighted kNN", "linear": "linear probe"}
-
-# %% ../nbs/13_figures.ipynb #28c65ed1
-@styled
-def draw_accuracy(scores: pd.DataFrame, palette: dict) -> Figure:
-    """Test accuracy with intervals, a row per method and a panel per probe, from a `score_table`."""
-    methods, panels = list(dict.fromkeys(scores["method"])), sorted(scores["probe"].unique())
-    figure = Figure(figsize=(9, 1.1 + 0.42 * len(methods)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    for ax, probe in zip(axes, panels):
-        of_probe = scores[scores["probe"] == probe]
-        for y, method in enumerate(methods):
-            draw_method(ax, y, of_probe[of_probe["method"] == method], palette, "{:.1f}")
-        ax.axvline(of_probe.loc[of_probe["run"].isna(), "high"].max(), color=BASELINE, ls="--", lw=1)
-        ax.set(title=PROBES.get(probe, probe), xlabel="test accuracy (%)")
-        ax.margins(x=0.16)
-    name_rows(axes[0], methods)
-    return figure
-
 # %% ../nbs/13_figures.ipynb #d06a4e1b
 def name_rows(ax, names):
     """One row per name, the first on top."""
@@ -626,6 +606,26 @@ def draw_method(ax, y, rows, palette, form):
         form.format(mean), (rows["high"].max(), y), (6, 0), textcoords="offset points", va="center",
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
     )  # fmt: skip
+
+# %% ../nbs/13_figures.ipynb #d6b0295c
+PROBES = {"knn": "weighted kNN", "linear": "linear probe"}
+
+# %% ../nbs/13_figures.ipynb #28c65ed1
+@styled
+def draw_accuracy(scores: pd.DataFrame, palette: dict) -> Figure:
+    """Test accuracy with intervals, a row per method and a panel per probe, from a `score_table`."""
+    methods, panels = list(dict.fromkeys(scores["method"])), sorted(scores["probe"].unique())
+    figure = Figure(figsize=(9, 1.1 + 0.42 * len(methods)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for ax, probe in zip(axes, panels):
+        of_probe = scores[scores["probe"] == probe]
+        for y, method in enumerate(methods):
+            draw_method(ax, y, of_probe[of_probe["method"] == method], palette, "{:.1f}")
+        ax.axvline(of_probe.loc[of_probe["run"].isna(), "high"].max(), color=BASELINE, ls="--", lw=1)
+        ax.set(title=PROBES.get(probe, probe), xlabel="test accuracy (%)")
+        ax.margins(x=0.16)
+    name_rows(axes[0], methods)
+    return figure
 
 # %% ../nbs/13_figures.ipynb #6f77592c
 def consistency_table(results: dict) -> pd.DataFrame:
@@ -700,7 +700,7 @@ class Reel(NamedTuple):
     grid: tuple[int, int]
     factors: list | None
 
-
+# %% ../nbs/13_figures.ipynb #72fc71e1
 def read_reel(study: Study, run: str) -> Reel:
     """The reel of a run's first seed."""
     path = study.build / "runs" / f"{run}-{study.seeds[0]}" / "film.safetensors"
@@ -708,7 +708,7 @@ def read_reel(study: Study, run: str) -> Reel:
     history = read_history(Study(study.results, study.build, (run,), study.seeds[:1]))
     return Reel(film, grid, factor_at(history, film["pos"]))
 
-
+# %% ../nbs/13_figures.ipynb #e5c2b6a5
 def read_reels(study: Study) -> dict[str, Reel]:
     """The reels of all runs."""
     return {run: read_reel(study, run) for run in study.runs}
@@ -721,13 +721,13 @@ def glow(error) -> np.ndarray:
     """Errors (…) in levels → uint8 colours (…,3), black for none, bright for `WORST` and more."""
     return (255 * mpl.colormaps["inferno"](np.clip(error / WORST, 0, 1))[..., :3]).astype(np.uint8)
 
-
+# %% ../nbs/13_figures.ipynb #daa4b7f2
 def error_view(image, prediction, hidden, grid) -> np.ndarray:
     """Colours (h,w,3) of the error of a prediction of an image, both (h,w,3); blank where not hidden (n,)."""
     error = np.abs(prediction.astype(float) - image).mean(-1)
     return np.where(per_pixel(hidden, grid, image.shape[:2]) > 0, glow(error), np.uint8(232))
 
-
+# %% ../nbs/13_figures.ipynb #ec89d7fc
 def hidden_error(image, prediction, hidden, grid) -> float:
     """Root mean square error, in levels, over the hidden patches."""
     where = np.broadcast_to(per_pixel(hidden, grid, image.shape[:2]) > 0, image.shape)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TROUBLE', 'settle', 'free_space', 'disk_errors', 'whole', 'write_bytes', 'plain', 'write_json', 'must_exist',
            'read_json', 'sorted_header', 'as_array', 'write_tensors', 'damaged', 'read_tensors', 'read_metadata',
-           'sha256', 'Lock', 'aside', 'replace_dir', 'recover', 'fresh_dir', 'find_root', 'home']
+           'sha256', 'LockFile', 'Lock', 'aside', 'replace_dir', 'recover', 'fresh_dir', 'find_root', 'home']
 
 # %% ../nbs/00_files.ipynb #5d6406c6
 import errno
@@ -44,7 +44,7 @@ def free_space(path) -> int:
     there = next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.exists())
     return shutil.disk_usage(there).free
 
-
+# %% ../nbs/00_files.ipynb #a40397ba
 @contextmanager
 def disk_errors(path, need=None):
     """Turn a full, read-only or forbidden disk while writing `path` (`need` bytes) into a UserError."""
@@ -108,7 +108,7 @@ def must_exist(path) -> Path:
         raise UserError(f"{path}: no such file; run the stage that makes it first")
     return path
 
-
+# %% ../nbs/00_files.ipynb #4d814202
 def read_json(path):
     """What `write_json` wrote; UserError for a missing or damaged file, with the place of the damage."""
     try:
@@ -134,7 +134,7 @@ def as_array(tensor) -> np.ndarray:
     tensor = tensor.detach().cpu().numpy() if hasattr(tensor, "detach") else tensor
     return np.asarray(tensor, order="C")
 
-
+# %% ../nbs/00_files.ipynb #f9e6732e
 def write_tensors(path, tensors: dict, metadata: dict | None = None):
     """Write named numpy or torch tensors and strings as safetensors; equal content, equal bytes."""
     data = safetensors.numpy.save({name: as_array(t) for name, t in tensors.items()})
@@ -145,7 +145,7 @@ def damaged(path, error) -> UserError:
     """The error for a file that is no safetensors file any more."""
     return UserError(f"{path}: not a valid safetensors file ({error}); restore it or remove it and run again")
 
-
+# %% ../nbs/00_files.ipynb #ee1b8ad3
 def read_tensors(path) -> dict:
     """Name -> numpy array, as `write_tensors` wrote them; UserError for a missing or damaged file."""
     try:
@@ -153,7 +153,7 @@ def read_tensors(path) -> dict:
     except SafetensorError as error:
         raise damaged(path, error) from None
 
-
+# %% ../nbs/00_files.ipynb #603b9879
 def read_metadata(path) -> dict:
     """The strings stored beside the tensors, {} if none; UserError for a missing or damaged file."""
     try:
@@ -170,21 +170,12 @@ def sha256(content) -> str:
     with open(content, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/00_files.ipynb #473b0617
-class Lock:
-    """Hold `path` while the block runs; UserError naming the holder if somebody else does. Not re-entrant."""
+# %% ../nbs/00_files.ipynb #91698823
+class LockFile:
+    """A file that at most one process holds; `what` is this process's errand."""
 
     def __init__(self, path, what="a run"):
         self.path, self.what = Path(path), what
-
-    def __enter__(self):
-        with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            while not self.taken():
-                pass
-        self.file.write(f"{self.what}, process {os.getpid()} on {socket.gethostname()}")
-        self.file.flush()
-        return self
 
     def taken(self) -> bool:
         """Open and lock the file; True if it still has its name then."""
@@ -206,6 +197,19 @@ class Lock:
             holder = self.file.read() or "another process"
         return UserError(f"{self.path}: in use by {holder}; wait until it ends, or stop it, then run again")
 
+# %% ../nbs/00_files.ipynb #473b0617
+class Lock(LockFile):
+    """Hold `path` while the block runs; UserError naming the holder if somebody else does. Not re-entrant."""
+
+    def __enter__(self):
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while not self.taken():
+                pass
+        self.file.write(f"{self.what}, process {os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
+        return self
+
     def __exit__(self, *_):
         self.path.unlink(missing_ok=True)
         self.file.close()
@@ -215,7 +219,7 @@ def aside(final) -> Path:
     """Where the old folder waits while the new one takes its place."""
     return Path(final).with_name(f".{Path(final).name}.old")
 
-
+# %% ../nbs/00_files.ipynb #69eda4ea
 def replace_dir(tmp, final):
     """Move the finished folder `tmp` to `final`, replacing what is there; both on one disk."""
     tmp, final, old = Path(tmp), Path(final), aside(final)
@@ -232,7 +236,7 @@ def replace_dir(tmp, final):
     settle(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
-
+# %% ../nbs/00_files.ipynb #aee745d0
 def recover(final):
     """Put the old folder back if the new one never arrived."""
     if aside(final).exists() and not Path(final).exists():

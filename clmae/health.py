@@ -7,7 +7,8 @@ __all__ = ['EDGE', 'ENOUGH', 'RANDOM_MASKS', 'UNDECIDED', 'NEUTRAL', 'CENTRE', '
            'LATE', 'INDIFFERENT', 'ACTIVE', 'findings', 'diversity', 'rate_numbers', 'correlation', 'closeness', 'bits',
            'score_sums', 'central', 'score_numbers', 'random_masks', 'Look', 'loss_sums', 'attempt', 'examine',
            'counted', 'look_sums', 'look_numbers', 'Health', 'percent', 'find_undecided', 'find_centre_only',
-           'find_collapsed', 'find_fixed', 'find_indifferent', 'verdict', 'MaskMemory', 'MaskFiles', 'HealthMonitor']
+           'find_collapsed', 'find_fixed', 'find_indifferent', 'verdict', 'MaskMemory', 'MaskFiles', 'Examination',
+           'HealthMonitor']
 
 # %% ../nbs/12_health.ipynb #5d6406c6
 import math
@@ -37,7 +38,7 @@ def diversity(rates: Tensor, images: int) -> Tensor:
     pairs = images / (images - 1) if images > 1 else math.nan
     return pairs * (rates * (1 - rates)).mean() / (ratio * (1 - ratio))
 
-
+# %% ../nbs/12_health.ipynb #c3a1158e
 def rate_numbers(rates: Tensor, images: int) -> dict[str, Tensor]:
     """Numbers that need only the share (n,) of `images` images in which each place is hidden."""
     found = {"ratio": rates.mean(), "diversity": diversity(rates, images)}
@@ -69,7 +70,7 @@ def bits(score: Tensor) -> Tensor:
     """Entropy of a decision that falls with probability `score`, in bits, elementwise."""
     return (torch.special.entr(score) + torch.special.entr(1 - score)) / math.log(2)
 
-
+# %% ../nbs/12_health.ipynb #5b73a089
 def score_sums(score: Tensor, shift: Tensor) -> dict[str, Tensor]:
     """What the numbers of scores (b, n) are made of: sums over images, about `shift`."""
     score = score.double()
@@ -83,7 +84,7 @@ def central(powers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     m, p2, p3, p4 = powers
     return p2 - m**2, p3 - 3 * m * p2 + 2 * m**3, p4 - 4 * m * p3 + 6 * m**2 * p2 - 3 * m**4
 
-
+# %% ../nbs/12_health.ipynb #543b9e81
 def score_numbers(sums: dict[str, Tensor], images: int) -> dict[str, Tensor]:
     """Numbers of all scores of `images` images, from the sums of `score_sums`."""
     places = sums["places"] / images
@@ -132,7 +133,7 @@ class Look(NamedTuple):
     random: Tensor
     before: Tensor | None = None
 
-
+# %% ../nbs/12_health.ipynb #a23abaf9
 def loss_sums(error: Tensor, hidden: Tensor) -> Tensor:
     """Numerator and denominator (2,) of the loss: errors summed over hidden patches, and their number."""
     return torch.stack([(error * hidden).sum(), hidden.sum()]).double()
@@ -182,7 +183,7 @@ def counted(values: Tensor) -> Tensor:
     """Sum and number (2,) of those of `values` (b,) that are numbers."""
     return torch.stack([values.nansum(), values.isfinite().sum()]).double()
 
-
+# %% ../nbs/12_health.ipynb #abfc9058
 def look_sums(look: Look, near: Tensor) -> dict[str, Tensor]:
     """Sums over the images of a look; `near` (n,) is the closeness of each place to the centre."""
     hidden = look.hidden.double()
@@ -264,7 +265,7 @@ def find_undecided(told: dict) -> str | None:
     if spread < UNDECIDED and abs(told.get("factor", 1.0)) >= NEUTRAL:
         return f"all scores within ±{spread:.2g} of their mean"
 
-
+# %% ../nbs/12_health.ipynb #3f920299
 def find_centre_only(told: dict) -> str | None:
     """Hiding follows the distance to the centre."""
     centre = told.get("health.centre", 0.0)
@@ -283,7 +284,7 @@ def find_collapsed(told: dict) -> str | None:
     if image <= IMAGE:
         return f"{percent(1 - max(image, 0.0))} of the scores' variance is the same for all images"
 
-
+# %% ../nbs/12_health.ipynb #aeb98afc
 def find_fixed(told: dict) -> str | None:
     """Masks are those of the last epoch."""
     agreement, pos = told.get("health.agreement", 0.0), told.get("pos", 0.0)
@@ -291,7 +292,7 @@ def find_fixed(told: dict) -> str | None:
     if 1 - agreement < MOVES / epochs and pos < LATE:
         return f"{percent(agreement, 1)} of decisions as at the last epoch"
 
-
+# %% ../nbs/12_health.ipynb #0b3a2abe
 INDIFFERENT, ACTIVE = 0.05, 0.3
 
 
@@ -301,7 +302,7 @@ def find_indifferent(told: dict) -> str | None:
     if abs(told.get("factor", 0.0)) >= ACTIVE and abs(gap - 1) < INDIFFERENT / 5 and abs(error) < INDIFFERENT:
         return f"masks as hard as random ones (gap {gap:.3f}), unrelated to errors (correlation {error:+.2f})"
 
-
+# %% ../nbs/12_health.ipynb #ff946161
 findings: dict[str, Callable[[dict], str | None]] = {
     "undecided": find_undecided,
     "indifferent": find_indifferent,
@@ -369,8 +370,25 @@ class MaskFiles:
         for s in self.files().keys() - self.needed(step):
             self.files()[s].unlink()
 
+# %% ../nbs/12_health.ipynb #8f4ea010
+class Examination:
+    """Looks at all images of `batches`: iterable again and again, normalised (b, c, h, w), the same ones."""
+
+    def __init__(self, batches: Iterable[Tensor]):
+        self.batches = batches
+
+    def look(self, objective: nn.Module, pos: float, draw: Draw, before: Tensor | None) -> Health:
+        """Examine all batches; `before` (images, n) are the masks of the last epoch."""
+        health, weight = Health(objective.encoder.grid), next(objective.parameters())
+        for i, images in enumerate(self.batches):
+            images = images.to(weight)  # on its device, in its precision
+            rows = slice(health.images, health.images + len(images))
+            last = None if before is None else before[rows].to(weight.device, non_blocking=True)
+            health.add(examine(objective, images, pos, draw.fork(i), last))
+        return health
+
 # %% ../nbs/12_health.ipynb #ce1b5a51
-class HealthMonitor:
+class HealthMonitor(Examination):
     """A monitor for the trainer: looks at the images of `batches` and adds `health.*` to the record.
 
     batches: iterable, again and again, of normalised images (b, c, h, w), the same each time.
@@ -378,7 +396,8 @@ class HealthMonitor:
     """
 
     def __init__(self, batches: Iterable[Tensor], seed: int, folder: str | Path | None = None):
-        self.batches, self.seed = batches, seed
+        super().__init__(batches)
+        self.seed = seed
         self.memory = MaskMemory() if folder is None else MaskFiles(folder)
 
     def __call__(self, record: dict, objective: nn.Module) -> dict:
@@ -395,13 +414,3 @@ class HealthMonitor:
         numbers = health.numbers()
         now = {"factor": objective.factor(record["pos"])} if hasattr(objective, "factor") else {}
         return numbers | {"health.verdict": verdict(record | numbers | now)}
-
-    def look(self, objective: nn.Module, pos: float, draw: Draw, before: Tensor | None) -> Health:
-        """Examine all batches; `before` (images, n) are the masks of the last epoch."""
-        health, weight = Health(objective.encoder.grid), next(objective.parameters())
-        for i, images in enumerate(self.batches):
-            images = images.to(weight)  # on its device, in its precision
-            rows = slice(health.images, health.images + len(images))
-            last = None if before is None else before[rows].to(weight.device, non_blocking=True)
-            health.add(examine(objective, images, pos, draw.fork(i), last))
-        return health

@@ -8,7 +8,7 @@ __all__ = ['NUMBERS', 'THREADS', 'INJECTED', 'MADE', 'MISSING', 'arguments', 'ki
            'check_model', 'check_device', 'check_build', 'validate', 'read_valid', 'fingerprint', 'read_valid_once',
            'stage_notebook', 'parameter_names', 'chosen', 'refuse_unknown', 'surroundings', 'environment', 'Follower',
            'followed', 'tidy_text', 'tidy_outputs', 'tidy', 'StageError', 'needs', 'failure', 'execute', 'Relay',
-           'attended', 'children', 'run_stage', 'execute_or_explain', 'as_bytes', 'from_the_top', 'fix_links',
+           'attended', 'children', 'execute_or_explain', 'as_bytes', 'run_stage', 'from_the_top', 'fix_links',
            'output_markdown', 'cell_markdown', 'readme', 'write_readme', 'Difference', 'close', 'number', 'contents',
            'compare_files', 'compare', 'report', 'rebuild', 'verify']
 
@@ -70,7 +70,7 @@ def kind_of(parameter):
         return parameter.annotation
     return Any if parameter.default in (None, parameter.empty) else type(parameter.default)
 
-
+# %% ../nbs/14_pipeline.ipynb #09380100
 def fits(value, kind) -> bool:
     """Whether `value` is of this kind, strictly: true is no number, but 1 is a fine 1.0."""
     try:
@@ -235,7 +235,7 @@ def validate(config: Config) -> Config:
         raise ConfigError(*problems)
     return config
 
-
+# %% ../nbs/14_pipeline.ipynb #c2f7ed43
 def read_valid(path="params.yaml") -> Config:
     """`params.yaml`, read and validated; ConfigError, its line beginning with the file's name."""
     config = read_params(path)
@@ -269,7 +269,7 @@ def stage_notebook(name, root) -> Path:
         raise unknown("stage", name, found)
     return found[name]
 
-
+# %% ../nbs/14_pipeline.ipynb #c995b2ee
 def parameter_names(notebook) -> set:
     """The names that the cell tagged `parameters` assigns; UserError if there is no such cell."""
     for cell in notebook["cells"]:
@@ -440,7 +440,7 @@ class StageError(Exception):
         super().__init__(line)
         self.story = story
 
-
+# %% ../nbs/14_pipeline.ipynb #83369ea4
 def needs(*modules):
     """Import modules that only the pipeline needs; UserError says how to get them."""
     try:
@@ -541,6 +541,26 @@ def children() -> list:
     (psutil,) = needs("psutil")
     return psutil.Process().children()
 
+# %% ../nbs/14_pipeline.ipynb #f03ef57a
+def execute_or_explain(source, partial, parameters, root, label):
+    """`execute`, its failures turned into UserError or StageError."""
+    pm, nb = needs("papermill.exceptions", "nbclient.exceptions")
+    kept = partial.relative_to(root)
+    try:
+        return execute(source, partial, parameters, root)
+    except pm.PapermillExecutionError as error:
+        raise failure(error, label, kept) from None
+    except nb.DeadKernelError:
+        raise StageError(
+            f"stage {label}: its kernel died, most often because memory ran out; see {kept}"
+        ) from None
+
+# %% ../nbs/14_pipeline.ipynb #86678a07
+def as_bytes(notebook) -> bytes:
+    """A notebook as the bytes of a file."""
+    (nbformat,) = needs("nbformat")
+    return (nbformat.writes(notebook) + "\n").encode()
+
 # %% ../nbs/14_pipeline.ipynb #35e00c0e
 def run_stage(name, keys=(), *, run=None, seed=None, params="params.yaml", root=None) -> Path:
     """Run the stage `name` with the parts `keys` of the parameters; return its notebook in results/notebooks.
@@ -564,33 +584,13 @@ def run_stage(name, keys=(), *, run=None, seed=None, params="params.yaml", root=
     partial.unlink()
     return result
 
-# %% ../nbs/14_pipeline.ipynb #f03ef57a
-def execute_or_explain(source, partial, parameters, root, label):
-    """`execute`, its failures turned into UserError or StageError."""
-    pm, nb = needs("papermill.exceptions", "nbclient.exceptions")
-    kept = partial.relative_to(root)
-    try:
-        return execute(source, partial, parameters, root)
-    except pm.PapermillExecutionError as error:
-        raise failure(error, label, kept) from None
-    except nb.DeadKernelError:
-        raise StageError(
-            f"stage {label}: its kernel died, most often because memory ran out; see {kept}"
-        ) from None
-
-
-def as_bytes(notebook) -> bytes:
-    """A notebook as the bytes of a file."""
-    (nbformat,) = needs("nbformat")
-    return (nbformat.writes(notebook) + "\n").encode()
-
 # %% ../nbs/14_pipeline.ipynb #09754cdb
 def from_the_top(target, folder="nbs") -> str:
     """A link in a notebook under `folder`, as seen from the top of the repository."""
     outside = re.match(r"[a-z]+:|#|/", target)
     return target if outside else os.path.normpath(os.path.join(folder, target))
 
-
+# %% ../nbs/14_pipeline.ipynb #c7b79a8b
 def fix_links(text) -> str:
     """Markdown whose relative links and images start at the top instead of `nbs/`."""
     text = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1] + from_the_top(m[2]), text)
@@ -609,7 +609,7 @@ def output_markdown(output) -> str:
     text = "".join(output.get("text", data.get("text/plain", "")))
     return f"```\n{text.rstrip()}\n```" if text.strip() else ""
 
-
+# %% ../nbs/14_pipeline.ipynb #a17db4b7
 def cell_markdown(cell) -> str:
     """A cell as markdown."""
     source = "".join(cell["source"])
@@ -633,7 +633,7 @@ def readme(notebook) -> str:
     parts = [cell_markdown(cell).strip() for cell in notebook["cells"]]
     return "\n\n".join([MADE, *filter(None, parts)]) + "\n"
 
-
+# %% ../nbs/14_pipeline.ipynb #04358b06
 def write_readme(root, check=False):
     """Write README.md; with `check` only compare, UserError if it differs."""
     text, path = readme(Path(root) / "nbs/index.ipynb"), Path(root) / "README.md"
@@ -652,7 +652,7 @@ class Difference(NamedTuple):
     rebuilt: Any
     verdict: str
 
-
+# %% ../nbs/14_pipeline.ipynb #a16f2d3e
 def close(a, b, tolerance) -> bool:
     """Whether two numbers agree: |a − b| ≤ tolerance · max(1, |a|, |b|)."""
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (a, b))
@@ -666,7 +666,7 @@ def number(text):
     except ValueError:
         return text
 
-
+# %% ../nbs/14_pipeline.ipynb #6eeb6289
 def contents(path) -> dict:
     """Dotted key → value of a JSON or TSV file; of any other file, its bytes under no key."""
     if path.suffix == ".json":
@@ -695,7 +695,7 @@ def compare_files(name, a, b, tolerance):
         elif old != new or type(old) is not type(new):
             yield Difference(name, key, old, new, "within" if close(old, new, tolerance) else "different")
 
-
+# %% ../nbs/14_pipeline.ipynb #0e20b588
 def compare(committed, rebuilt, tolerance=0.0, skip=("recorded",)) -> list[Difference]:
     """All differences between two folders of results, file by file; folders in `skip` are left out."""
     names = {
@@ -730,7 +730,7 @@ def rebuild(root, work):
     subprocess.run([*dvc, "repro", "--force"], cwd=clone, env=environ, check=True)
     return committed, clone / "results"
 
-
+# %% ../nbs/14_pipeline.ipynb #d0cd3eb0
 def verify(root, tolerance=0.02) -> bool:
     """Rebuild the last commit under build/verify and print how its results differ; True if none differs."""
     try:

@@ -9,8 +9,8 @@ __all__ = ['PRECISIONS', 'SKIPS', 'MEANT', 'tokens_of', 'make_optimizers', 'peak
            'check_weights', 'count', 'check_skips', 'loss_means', 'optimizer_tensors', 'restore_optimizer', 'under',
            'tally_tensors', 'restore_tally', 'save_checkpoint', 'read_checkpoint', 'restore_checkpoint', 'warn',
            'CheckpointFiles', 'Checkpoints', 'duration', 'Meter', 'Notice', 'record', 'look', 'begin', 'line_of',
-           'watched', 'walk', 'fit', 'folder_of', 'first_bad', 'write_incident', 'keep_incident', 'Finding', 'broken',
-           'ours', 'written', 'Finder', 'OneBatch', 'replay_step']
+           'watched', 'walk', 'walk_or_keep', 'fit', 'folder_of', 'first_bad', 'write_incident', 'keep_incident',
+           'Finding', 'broken', 'ours', 'written', 'Finder', 'OneBatch', 'replay_step']
 
 # %% ../nbs/11_trainer.ipynb #5d6406c6
 import inspect
@@ -222,12 +222,12 @@ def cut_into(batch: int, count: int | None, size: int = 1) -> str:
     there = batch // (count * size)
     return f"train.accumulate: {count} puts {there} there and is the same batch of {batch}"
 
-
+# %% ../nbs/11_trainer.ipynb #271b62b7
 def halve(batch: int, accumulate: int, size: int = 1) -> str:
     """The advice of those who know nothing but the batch and the number of processes."""
     return cut_into(batch, finer(batch // size, accumulate), size)
 
-
+# %% ../nbs/11_trainer.ipynb #72336066
 @contextmanager
 def memory_advice(
     batch: int, accumulate: int, advice: Callable[[int, int], str] = halve, size: int = 1
@@ -683,6 +683,14 @@ def walk(course: Course, checkpoints: Checkpoints, notice: Notice, monitors, at:
     look(at, course.steps, objective)
     return history
 
+# %% ../nbs/11_trainer.ipynb #36348d2f
+def walk_or_keep(course: Course, checkpoints: Checkpoints, told: dict, *how) -> list[dict]:
+    """`walk`; of a step that went wrong the incident is kept, with `told`, and a UserError says where."""
+    try:
+        return walk(course, checkpoints, *how)
+    except NotFinite as trouble:
+        raise UserError(f"{trouble}{keep_incident(course, checkpoints, trouble, told)}") from None
+
 # %% ../nbs/11_trainer.ipynb #54548e8a
 def fit(
     objective: Objective,
@@ -705,20 +713,16 @@ def fit(
     newest of the `keep` checkpoints in `folder` is continued; one is written per epoch and every so many
     `minutes`. `monitors` are called with (record, objective) and return what to add to the record. `recipe`
     is kept with an incident: how the objective was made. `advice(batch, accumulate)` says what to do when
-    memory is full.
-    Raises UserError for what can't go on, and Stopped after SIGTERM or SIGUSR1.
+    memory is full. Raises UserError for what can't go on, and Stopped after SIGTERM or SIGUSR1.
     """
     course = begin(objective, batches, fabric=fabric, **settings)
     checkpoints = Checkpoints(folder, keep, minutes)
     course.advice = advice or partial(halve, size=course.world.size)
     if not course.world.first:
         monitors, at, say = (), {}, lambda line: None
+    told = {"settings": settings, "recipe": recipe or {}}
     with companions(course.world), Notice(bool(folder)) as notice:
-        try:
-            return walk(course, checkpoints, notice, list(monitors), at or {}, say)
-        except NotFinite as trouble:
-            told = {"settings": settings, "recipe": recipe or {}}
-            raise UserError(f"{trouble}{keep_incident(course, checkpoints, trouble, told)}") from None
+        return walk_or_keep(course, checkpoints, told, notice, list(monitors), at or {}, say)
 
 # %% ../nbs/11_trainer.ipynb #374df555
 def folder_of(checkpoints: Checkpoints) -> Path:
