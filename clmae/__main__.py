@@ -156,6 +156,11 @@ def bakeoff(args):
     from clmae import bakeoff as trial
 
     where = {"label": args.set, "params": args.params, "prepared": args.prepared}
+    if args.read:
+        from clmae.readout import read_out
+
+        print(*read_out(args.set), sep="\n")
+        return 0
     if args.list:
         print(*trial.listing(trial.records_of(trial.home(), args.set)), sep="\n")
         return 0
@@ -259,6 +264,7 @@ def parser():
         "--prepared", default="build/prepared", metavar="FOLDER", help="prepared images; default: %(default)s"
     )
     command.add_argument("--list", action="store_true", help="show what is done and what is missing, run nothing")
+    command.add_argument("--read", action="store_true", help="write figures and conclusions of what is recorded")
     command.add_argument(
         "--minutes", type=float, default=60.0, metavar="M", help="stop and save after so many; default: %(default)s"
     )

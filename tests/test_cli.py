@@ -37,9 +37,7 @@ def test_help_names_every_command_and_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
     text = parser().format_help()
-    for command in (
-        "validate prepare pretrain plan evaluate baselines figures replay doctor stage readme verify".split()
-    ):
+    for command in "validate prepare pretrain plan evaluate baselines figures replay doctor bakeoff stage readme verify".split():
         assert f"\n    {command}" in text
 
 
