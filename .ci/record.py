@@ -4,11 +4,8 @@ They differ from run to run, so no stage writes them and `make verify` does not 
 README's tables are outputs of nbs/index.ipynb: it is executed anew, and README written from it.
 """
 
-import os
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
@@ -16,32 +13,11 @@ from nbclient import NotebookClient
 
 from clmae.config import UserError
 from clmae.files import read_json, write_bytes, write_json
+from clmae.machine import machine, versions
 from clmae.pipeline import write_readme
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "timm", "lightning", "numpy", "scikit-learn", "dvc")
-
-
-def cpu_model() -> str:
-    """The processor's name as the system gives it, or its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def machine() -> dict:
-    return {"cpu": cpu_model(), "cores": cores(), "system": f"{platform.system()} {platform.machine()}"}
-
-
-def versions() -> dict:
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+PACKAGES = "torch timm lightning numpy scikit-learn dvc".split()
 
 
 def times(folder: Path) -> dict:
@@ -60,9 +36,8 @@ def record(root: Path) -> Path:
         raise UserError("no times in build/timings; run make repro first")
     total = round(sum(found["stages"].values()), 1)
     out = root / "results" / "recorded" / "times.json"
-    write_json(
-        out, {"command": "make repro", "machine": machine(), "versions": versions(), "total": total} | found
-    )
+    how = {"command": "make repro", "machine": machine(), "versions": versions(*PACKAGES)}
+    write_json(out, {**how, "total": total, **found})
     return out
 
 

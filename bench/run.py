@@ -12,11 +12,8 @@ rounds' own ratios. Before a case, losses at the same weights are compared and m
 
 import argparse
 import logging
-import os
-import platform
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
@@ -25,6 +22,7 @@ import torch
 from clmae.config import UserError, read_params
 from clmae.figures import encode
 from clmae.files import find_root, read_json, write_bytes, write_json
+from clmae.machine import machine, versions
 
 from .contestants import Case, Contestant, check, contestants
 from .figure import draw
@@ -41,7 +39,7 @@ CASES = {
 }
 ON = {"cpu": ["tiny-64", "tiny-256", "small-16"], "cuda": ["base-256"]}
 PRECISIONS = ("32", "bf16")
-PACKAGES = ("torch", "timm", "lightning", "transformers", "lightly")
+PACKAGES = "torch timm lightning transformers lightly".split()
 MAE, HF, LIGHTLY, PLAIN = "MAE, ours", "MAE, Hugging Face", "MAE, lightly", "MAE, textbook"
 TEXT, SHORT = "CL-MAE, textbook", "CL-MAE, textbook without pair loop"
 FAITHFUL, DEFAULT = "CL-MAE, ours faithful", "CL-MAE, ours"
@@ -52,35 +50,6 @@ RATIOS = [
     (f"{TEXT}: A", PLAIN), (f"{TEXT}: B", PLAIN), (f"{SHORT}: B", PLAIN), (TEXT, PLAIN),
 ]  # fmt: skip
 ACROSS = [(HF, MAE), (TEXT, FAITHFUL), (SHORT, FAITHFUL)]  # the left one in float32, the right one in bf16
-
-
-def cpu_model() -> str:
-    """The processor's name as the system gives it, or its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def machine(device: str) -> dict:
-    """What the numbers were measured on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"cpu": cpu_model(), "cores": cores, "instructions": torch.backends.cpu.get_cpu_capability()}
-    if device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-    return found | {"system": f"{platform.system()} {platform.machine()}", "threads": torch.get_num_threads()}
-
-
-def versions() -> dict:
-    """Versions of what competes; None for what is not installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def clock(device: str) -> float:
@@ -170,7 +139,7 @@ def bench(case: Case, device: str, params, precisions=PRECISIONS) -> dict:
         "shape": shape,
         "rounds": case.rounds,
         "machine": machine(device),
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "agreement": agreement,
         "rows": [row(c, s, case.batch) for c, s in zip(found, samples)],
         "ratios": ratios(series(found, samples), precisions),

@@ -258,7 +258,7 @@ def test_the_film_shows_its_pixels_exactly():
     shown = np.asarray(Image.open(io.BytesIO(figures.encode(figure, "png"))).convert("RGB"))
     canvas, _, _ = figures.paste(figures.film_cells(one, (4, 4), [0, 1, 2]), 3)
     (h, w, _), left = canvas.shape, figures.MARGIN
-    np.testing.assert_array_equal(shown[10 : 10 + h, left : left + w][162:], canvas[162:])  # below the headers
+    np.testing.assert_array_equal(shown[10 : 10 + h, left : left + w][162:], canvas[162:])  # below headers
 
 
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 5))
