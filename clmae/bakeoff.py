@@ -6,14 +6,12 @@
 __all__ = ['SEEDS', 'TUNING_SEED', 'FACTORS', 'BUDGETS', 'LEVEL', 'MONITOR_EPOCHS', 'METHODS', 'CONTROLS', 'MASKS', 'ALONE',
            'CURRICULA', 'SOFT', 'ESTIMATORS', 'SHARES', 'ABLATIONS', 'arms', 'PACKAGES', 'KEPT', 'NUMBERS', 'GUESS',
            'Arm', 'changed', 'block_of', 'in_the_running', 'power', 'detectable', 'Job', 'trials', 'counted', 'job_of',
-           'validation', 'goes_on', 'program', 'chosen_factor', 'ready', 'commit', 'cpu_model', 'versions', 'machine',
-           'peak_memory', 'Clock', 'told', 'workplace', 'settings', 'trained', 'scores', 'once', 'place', 'records_of',
-           'command_of', 'perform', 'differences', 'run_one', 'lock_of', 'usual', 'stretch', 'expected', 'missing',
-           'hours', 'listing', 'said', 'launch', 'held', 'next_job', 'run_missing', 'progress']
+           'validation', 'goes_on', 'program', 'chosen_factor', 'ready', 'commit', 'peak_memory', 'Clock', 'told',
+           'workplace', 'settings', 'trained', 'scores', 'once', 'place', 'records_of', 'command_of', 'perform',
+           'differences', 'run_one', 'lock_of', 'usual', 'stretch', 'expected', 'missing', 'hours', 'listing', 'said',
+           'launch', 'held', 'next_job', 'run_missing', 'progress']
 
 # %% ../nbs/20_bakeoff.ipynb #5d6406c6
-import os
-import platform
 import resource
 import shlex
 import shutil
@@ -22,20 +20,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import reduce
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
 
-from .config import Config, Train, UserError, unknown
+from .config import Config, UserError, unknown
 from .doctor import incidents
 from .evaluate import evaluate_features, features
 from .figures import health_summary
 from .files import Lock, home, plain, read_json, sha256, write_json
+from .machine import machine, versions
 from .mae import load_mae
 from .pipeline import read_valid
 from .runs import Reader, open_stores, pretrain_run, probes
@@ -223,29 +220,6 @@ def commit(root: Path) -> str:
     return state + "+" * bool(differs)
 
 
-def cpu_model() -> str:
-    """The processor's name as the system gives it, or its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-# %% ../nbs/20_bakeoff.ipynb #dded1d2d
-def versions() -> dict[str, str]:
-    """What ran."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-
-
-def machine(train: Train) -> dict:
-    """Where it ran. `vectors` is the instruction set torch uses, on which the last digits depend."""
-    device = torch.cuda.get_device_name() if train.device != "cpu" and torch.cuda.is_available() else "cpu"
-    return {
-        "cpu": cpu_model(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}",
-        "vectors": torch.backends.cpu.get_cpu_capability(), "device": device, "threads": train.threads,
-    }  # fmt: skip
-
-
 def peak_memory() -> int:
     """The most bytes of main memory this process has held."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -385,11 +359,12 @@ def perform(job: Job, config: Config, label: str, root: Path, params: str, prepa
         "stage": "run" if job.factor is None else "tune", "family": arms[job.arm].family, "factor": factor,
         "against": arms[job.arm].against, "block": block, "base_lr": sections["train"].base_lr,
         "settings": {name: section.model_dump(mode="json") for name, section in sections.items()},
-        "commit": commit(root), "versions": versions(), "machine": machine(config.train),
+        "commit": commit(root), "versions": versions(*PACKAGES),
         "command": command_of(job, label, params, prepared),
     }  # fmt: skip
     found = once(folder / "trained.json", lambda: trained(job, block, sections, folder))
     looked = job.factor is None and not found["failed"]
+    facts["machine"] = machine(make_fabric(config.train.device).device.type)  # now that its threads are set
     return facts | found | {"metrics": scores(job, sections, folder) if looked else None}
 
 # %% ../nbs/20_bakeoff.ipynb #55ef5e85

@@ -17,9 +17,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 # A module imports only from those to its left (nbs/00_config ... nbs/21_readout, then the command line).
-ORDER = """config files scenes data patches masking vit mae masker curriculum teacher losses estimators
-           objectives trainer evaluate health figures pipeline cost runs difficulty doctor bakeoff
-           readout __main__""".split()
+ORDER = """config files scenes data machine patches masking vit mae masker curriculum teacher losses
+           estimators objectives trainer evaluate health figures pipeline cost runs difficulty doctor
+           bakeoff readout __main__""".split()
 MODULES = [path for path in sorted((ROOT / "clmae").glob("*.py")) if path.stem not in {"__init__", "_modidx"}]
 
 
