@@ -8,7 +8,7 @@ __all__ = ['SEEDS', 'TUNING_SEED', 'FACTORS', 'BUDGETS', 'LEVEL', 'MONITOR_EPOCH
            'Arm', 'changed', 'block_of', 'in_the_running', 'power', 'detectable', 'Job', 'trials', 'counted', 'job_of',
            'validation', 'goes_on', 'program', 'chosen_factor', 'ready', 'commit', 'peak_memory', 'Clock', 'told',
            'workplace', 'settings', 'trained', 'scores', 'once', 'place', 'records_of', 'command_of', 'perform',
-           'differences', 'run_one', 'lock_of', 'usual', 'stretch', 'expected', 'missing', 'hours', 'listing', 'said',
+           'lock_of', 'differences', 'run_one', 'usual', 'stretch', 'expected', 'missing', 'hours', 'listing', 'said',
            'launch', 'held', 'next_job', 'run_missing', 'progress']
 
 # %% ../nbs/20_bakeoff.ipynb #5d6406c6
@@ -55,12 +55,12 @@ class Arm(NamedTuple):
     against: str
     changes: dict = {}
 
-
+# %% ../nbs/20_bakeoff.ipynb #f01e39f4
 METHODS = "cl_mae rc_mae emae cl_rc_mae cl_emae cl_rc_emae".split()
 CONTROLS = "mae_ema cl_mae_frozen mae_growing_ratio mae_growing_block".split()
 MASKS = {"noise": {"low": 0.7, "high": 2.0}, "hard": {"start": 0.0, "end": 0.5, "momentum": 0.99}}
 
-# %% ../nbs/20_bakeoff.ipynb #f01e39f4
+# %% ../nbs/20_bakeoff.ipynb #d6b0295c
 ALONE = {"masker.reach": 0}
 CURRICULA = {
     "partner": {"name": "constant", "start": 1.0},
@@ -78,7 +78,7 @@ ESTIMATORS = {
 }
 SHARES = {"share25": {"share": 0.25}, "share50": {"share": 0.5}}
 
-# %% ../nbs/20_bakeoff.ipynb #d6b0295c
+# %% ../nbs/20_bakeoff.ipynb #7639469c
 ABLATIONS = {name: {"curriculum": c} for name, c in CURRICULA.items()} | ESTIMATORS | SHARES
 arms: dict[str, Arm] = (
     {"mae": Arm("mae", "reference", "mae")}
@@ -94,7 +94,7 @@ def changed(block: dict, path: str, value) -> dict:
     key, _, inner = path.partition(".")
     return block | {key: changed(block[key], inner, value) if inner else value}
 
-
+# %% ../nbs/20_bakeoff.ipynb #592e9a11
 def block_of(name: str, config: Config) -> dict:
     """The block of settings of an arm. UserError for an unknown arm."""
     if name not in arms:
@@ -113,7 +113,7 @@ def power(difference: float, sd: float, seeds: int, level: float = LEVEL) -> flo
     edge = stats.f.isf(level, 1, seeds - 1)  # t² follows the F distribution
     return float(stats.ncf.sf(edge, 1, seeds - 1, seeds * (difference / sd) ** 2))
 
-
+# %% ../nbs/20_bakeoff.ipynb #a0fbe99b
 def detectable(sd: float, seeds: int = len(SEEDS), level: float = LEVEL, wanted: float = 0.8) -> float:
     """The smallest true difference that the test finds with probability `wanted`."""
     low, high = 0.0, 100 * sd
@@ -138,12 +138,12 @@ class Job(NamedTuple):
             return f"{self.budget}/{self.arm}-{self.seed}"
         return f"tune/{self.arm}-{self.seed}-x{self.factor:g}"
 
-
+# %% ../nbs/20_bakeoff.ipynb #ab3e3eff
 def trials(arm: str) -> list[Job]:
     """The tuning trials of an arm."""
     return [Job("flops", arm, TUNING_SEED, factor) for factor in FACTORS]
 
-
+# %% ../nbs/20_bakeoff.ipynb #81b48d65
 def counted(arm: str, seeds=SEEDS, budget: str = "flops") -> list[Job]:
     """The counted runs of an arm."""
     return [Job(budget, arm, seed) for seed in seeds]
@@ -166,7 +166,7 @@ def validation(records: dict, jobs: list[Job]) -> list[float]:
     known = [records[job.name] for job in jobs if job.name in records]
     return [-1.0 if record["failed"] else record["validation_knn"] for record in known]
 
-
+# %% ../nbs/20_bakeoff.ipynb #dbba6fd4
 def goes_on(arm: str, records: dict) -> bool:
     """Whether an arm gets all seeds, as far as the records tell; its reference must have them."""
     reference = validation(records, counted(arms[arm].against))
@@ -199,7 +199,7 @@ def chosen_factor(arm: str, records: dict) -> float | None:
         raise UserError(f"{arm}: none of its tuning trials came to an end; lower train.base_lr")
     return FACTORS[int(np.argmax(scores))]
 
-
+# %% ../nbs/20_bakeoff.ipynb #caedc431
 def ready(job: Job, records: dict) -> bool:
     """Whether a job can start."""
     return job.factor is not None or chosen_factor(job.arm, records) is not None
@@ -219,7 +219,7 @@ def commit(root: Path) -> str:
     differs = state != "unknown" and git("status", "--porcelain", "--", "clmae", "params.yaml")
     return state + "+" * bool(differs)
 
-
+# %% ../nbs/20_bakeoff.ipynb #5be8b067
 def peak_memory() -> int:
     """The most bytes of main memory this process has held."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -273,7 +273,7 @@ def workplace(root: Path, label: str, job: Job, prepared: Path) -> Path:
     link.symlink_to(prepared.resolve(), target_is_directory=True)
     return folder
 
-
+# %% ../nbs/20_bakeoff.ipynb #9af6bf0e
 def settings(job: Job, config: Config, factor: float) -> dict:
     """The sections of a run: those of params.yaml with the job's rate, budget and denser curves."""
     change = {"base_lr": config.train.base_lr * factor, "equal": job.budget, "monitor_epochs": MONITOR_EPOCHS}
@@ -305,7 +305,7 @@ def trained(job: Job, block: dict, sections: dict, folder: Path) -> dict:
     kept = {key: done[key] for key in ("parameters", "encoder_parameters", "validation_knn")}
     return {"failed": None, "peak_memory": peak_memory()} | told(history) | kept | clock.times()
 
-
+# %% ../nbs/20_bakeoff.ipynb #92730ac0
 def scores(job: Job, sections: dict, folder: Path) -> dict:
     """Every probe of the evaluate section on the test images, with intervals over images."""
     evaluate, train = sections["evaluate"], sections["train"]
@@ -328,14 +328,14 @@ def place(root: Path, label: str) -> Path:
     """Where the records of a set are."""
     return root / "results" / "recorded" / "bakeoff" / label
 
-
+# %% ../nbs/20_bakeoff.ipynb #ba049fc0
 def records_of(root: Path, label: str) -> dict[str, dict]:
     """Every record of a set by its job's name."""
     folder = place(root, label)
     files = sorted(folder.glob("*/*.json"))
     return {f"{path.parent.name}/{path.stem}": read_json(path) for path in files}
 
-
+# %% ../nbs/20_bakeoff.ipynb #ad8e3a39
 def command_of(job: Job, label: str, params: str, prepared: str) -> str:
     """The command that makes a job's numbers again."""
     words = ["--set", label, "--budget", job.budget, "--arm", job.arm, "--seed", job.seed]
@@ -367,7 +367,12 @@ def perform(job: Job, config: Config, label: str, root: Path, params: str, prepa
     facts["machine"] = machine(make_fabric(config.train.device).device.type)  # now that its threads are set
     return facts | found | {"metrics": scores(job, sections, folder) if looked else None}
 
-# %% ../nbs/20_bakeoff.ipynb #55ef5e85
+# %% ../nbs/20_bakeoff.ipynb #b3a22f6e
+def lock_of(root: Path, label: str, job: Job) -> Path:
+    """The lock that a process holds while it runs a job."""
+    return root / "build" / "bakeoff" / label / f"{job.name}.lock"
+
+
 NUMBERS = (
     "failed",
     "metrics",
@@ -386,7 +391,7 @@ def differences(old: dict, new: dict) -> list[str]:
     """Which numbers of two records of one job differ."""
     return [key for key in NUMBERS if old.get(key) != new.get(key)]
 
-
+# %% ../nbs/20_bakeoff.ipynb #1d82ad70
 def run_one(
     job: Job, *, label: str, params: str, prepared: str, folder=None
 ) -> tuple[dict, list[str] | None]:
@@ -402,11 +407,6 @@ def run_one(
             shutil.rmtree(root / "build" / "bakeoff" / label / job.name)
         return record, differing
 
-
-def lock_of(root: Path, label: str, job: Job) -> Path:
-    """The lock that a process holds while it runs a job."""
-    return root / "build" / "bakeoff" / label / f"{job.name}.lock"
-
 # %% ../nbs/20_bakeoff.ipynb #99982d18
 GUESS = 200.0  # seconds
 
@@ -417,7 +417,7 @@ def usual(jobs: list[Job], records: dict) -> float | None:
     known = [seconds for seconds in known if seconds]
     return float(np.median(known)) if known else None
 
-
+# %% ../nbs/20_bakeoff.ipynb #a4c6c7dd
 def stretch(arm: str, records: dict) -> float:
     """How many times longer a run of an arm is at equal images than at equal operations, if that is known."""
     seen = [
@@ -427,7 +427,7 @@ def stretch(arm: str, records: dict) -> float:
     most, own = (max(filter(None, images), default=None) for images in seen)
     return most / own if most and own else 1.0
 
-
+# %% ../nbs/20_bakeoff.ipynb #f7030c1e
 def expected(job: Job, records: dict) -> float:
     """Processor seconds that a job will take."""
     alike = usual(counted(job.arm, budget=job.budget), records)
@@ -441,12 +441,12 @@ def missing(records: dict) -> list[Job]:
     """The jobs of the program that have no record."""
     return [job for job in program(records) if job.name not in records]
 
-
+# %% ../nbs/20_bakeoff.ipynb #55309537
 def hours(seconds: float) -> str:
     """Seconds as `45 min` or `3.2 h`."""
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
-
+# %% ../nbs/20_bakeoff.ipynb #d036c6d9
 def listing(records: dict) -> Iterator[str]:
     """A line for each job: done, with its accuracy, or missing, with its expected time; then the sums."""
     jobs = program(records)
@@ -457,7 +457,7 @@ def listing(records: dict) -> Iterator[str]:
     cost = hours(sum(expected(job, records) for job in left))
     yield f"{len(jobs) - len(left)} of {len(jobs)} runs done; missing: {len(left)}, about {cost} of one core"
 
-
+# %% ../nbs/20_bakeoff.ipynb #579f9464
 def said(record: dict) -> str:
     """The outcome of a record in a few words."""
     if record["failed"]:
@@ -485,7 +485,7 @@ def launch(command: str, seconds: float, root: Path) -> bool:
         raise UserError(f"`{command}` ended with {code}; its last line says why")
     return True
 
-
+# %% ../nbs/20_bakeoff.ipynb #032e014b
 def held(root: Path, label: str, job: Job) -> bool:
     """Whether some process is running a job."""
     try:
@@ -515,7 +515,7 @@ def run_missing(
         report(progress(job, records_of(root, label)))
     return not missing(records_of(root, label))
 
-
+# %% ../nbs/20_bakeoff.ipynb #aef25017
 def progress(job: Job, records: dict) -> str:
     """The line of a finished job, with what is left."""
     left = missing(records)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'COSTS', 'EMPTY', 'WAYS', 'TONES', 'NAMED', 'row', 'table_of', 'differences', 'Interval', 'interval', 'holm',
-           'outcome', 'family_of', 'compare', 'points', 'sure', 'sentence', 'noise', 'pilot', 'overall', 'conclusions',
-           'given_up', 'draw_pair', 'draw_column', 'draw_forest', 'curves_of', 'draw_ends', 'draw_operations',
+           'outcome', 'family_of', 'compare', 'points', 'sure', 'sentence', 'noise', 'pilot', 'overall', 'given_up',
+           'conclusions', 'draw_pair', 'draw_column', 'draw_forest', 'curves_of', 'draw_ends', 'draw_operations',
            'draw_gaps', 'health_table', 'milestones', 'arrival', 'mean_sd', 'line', 'results_table', 'still', 'cost',
            'as_plain', 'summary', 'pictures', 'read_out']
 
@@ -67,7 +67,7 @@ def row(record: dict) -> dict:
     found |= {"verdict": health.get("verdict"), "alive": health.get("alive")}
     return found | {name: record.get(key) for name, key in COSTS.items()}
 
-
+# %% ../nbs/21_readout.ipynb #8d2ce25e
 def table_of(records: dict) -> pd.DataFrame:
     """A row for each counted run; MAE's are there for both budgets."""
     rows = [row(record) for record in records.values() if record["stage"] == "run"]
@@ -95,7 +95,7 @@ class Interval(NamedTuple):
     half: float
     p: float
 
-
+# %% ../nbs/21_readout.ipynb #5f7d35bd
 def interval(values, level: float = LEVEL) -> Interval:
     """The t-interval of the mean of values (m,) at confidence 1 − level."""
     values = np.asarray(values, float)
@@ -128,12 +128,12 @@ def outcome(seeds: int, centre: float, corrected: float) -> str:
         return "within noise"
     return "wins" if centre > 0 else "loses"
 
-
+# %% ../nbs/21_readout.ipynb #250ca365
 def family_of(name: str) -> list[str]:
     """The arms of a family."""
     return [arm for arm, what in arms.items() if what.family == name]
 
-
+# %% ../nbs/21_readout.ipynb #0e20b588
 def compare(table: pd.DataFrame, budget: str = "flops", probe: str = "knn") -> pd.DataFrame:
     """A row for each arm but the reference: family, interval of the difference, corrected p, outcome."""
     parts = []
@@ -155,13 +155,13 @@ def points(value: float, sign: bool = True) -> str:
     """`+1.2`, or `1.2` without a sign."""
     return f"{value:{'+' if sign else ''}.1f}".replace("-", "−")
 
-
+# %% ../nbs/21_readout.ipynb #b5137700
 def sure(r) -> str:
     """The seeds and the corrected p of a row in brackets."""
     p = f"p = {r.holm:.3f}" if r.holm >= 0.001 else "p < 0.001"
     return f"({r.seeds:.0f} seeds, {p} after Holm)"
 
-
+# %% ../nbs/21_readout.ipynb #6743f8cc
 def sentence(arm: str, r, given_up: bool = False) -> str:
     """What a row of `compare` says about its arm."""
     name, other, size = (
@@ -198,7 +198,7 @@ def noise(table: pd.DataFrame, arm: str = "mae", probe: str = "knn") -> dict | N
         "detectable": detectable(2**0.5 * sd),
     }
 
-
+# %% ../nbs/21_readout.ipynb #8d73641e
 def pilot(table: pd.DataFrame) -> str:
     """The sentence on MAE's own spread."""
     found = noise(table)
@@ -221,7 +221,13 @@ def overall(compared: pd.DataFrame, budget: str, complete: bool) -> str:
         return f"{start}{', '.join(winners)} {'beats' if len(winners) == 1 else 'beat'} MAE beyond noise."
     return f"{start}none of the arms beats MAE beyond noise."
 
+# %% ../nbs/21_readout.ipynb #ade93528
+def given_up(arm: str, records: dict) -> bool:
+    """Whether the protocol stops an arm after its first seed."""
+    known = all(job.name in records for job in [*counted(arms[arm].against), *counted(arm, SEEDS[:1])])
+    return known and not goes_on(arm, records) and arm not in ("mae", "cl_mae")
 
+# %% ../nbs/21_readout.ipynb #24a940cf
 def conclusions(records: dict, budget: str = "flops") -> list[str]:
     """The page of plain sentences for a budget."""
     table, complete = table_of(records), not missing(records)
@@ -233,12 +239,6 @@ def conclusions(records: dict, budget: str = "flops") -> list[str]:
         sentence(arm, r, given_up(arm, records)) for arm, r in zip(compared.index, compared.itertuples())
     ]
     return lines
-
-
-def given_up(arm: str, records: dict) -> bool:
-    """Whether the protocol stops an arm after its first seed."""
-    known = all(job.name in records for job in [*counted(arms[arm].against), *counted(arm, SEEDS[:1])])
-    return known and not goes_on(arm, records) and arm not in ("mae", "cl_mae")
 
 # %% ../nbs/21_readout.ipynb #531be560
 TONES = {"wins": KEPT, "loses": HIDDEN, "within noise": "#000000", "no statement": BASELINE}
@@ -252,7 +252,7 @@ def draw_pair(ax, y: float, d: pd.Series, r) -> None:
     reach = 0 if np.isnan(r.half) else r.half
     ax.errorbar(r.centre, y, xerr=reach, fmt="o", ms=7, color=colour, mfc=filled, elinewidth=2)
 
-
+# %% ../nbs/21_readout.ipynb #827bee59
 def draw_column(ax, table: pd.DataFrame, budget: str, probe: str, names: list[str]) -> None:
     """One panel of a forest."""
     compared, around = compare(table, budget, probe), noise(table, probe=probe)
@@ -301,7 +301,7 @@ def curves_of(records: dict, names: list[str]) -> pd.DataFrame:
     ]
     return pd.DataFrame(rows, columns=["run", "seed", "epoch", "flops", "percent"])
 
-
+# %% ../nbs/21_readout.ipynb #272d9cf9
 def draw_ends(ax, table: pd.DataFrame, unit: str, palette: dict) -> None:
     """Where runs ended: test accuracy over operations, filled at equal operations, open at equal images."""
     for (arm, budget), runs in table[table["arm"].isin(palette)].groupby(["arm", "budget"], sort=False):
@@ -367,7 +367,7 @@ def milestones(records: dict, arm: str) -> list[float | None]:
     passed = [[p["flops"] / whole for p in curve if p.get("knn", -1) >= target] for curve in curves]
     return [min(shares, default=None) for shares in passed]
 
-
+# %% ../nbs/21_readout.ipynb #5a2175e8
 def arrival(shares: list[float | None]) -> str:
     """`5 of 5, after 62 %` of MAE's operations in the median; how many arrived, at least."""
     reached = [share for share in shares if share is not None]
@@ -382,7 +382,7 @@ def mean_sd(values: pd.Series) -> str:
         return "–"
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
-
+# %% ../nbs/21_readout.ipynb #19f5c7d5
 def line(arm: str, runs: pd.DataFrame, base: float, records: dict, budget: str) -> dict:
     """One row of the table: an arm's runs of a budget; `base` is MAE's processor time."""
     cpu = pd.to_numeric(runs["cpu"]).median()
@@ -395,7 +395,7 @@ def line(arm: str, runs: pd.DataFrame, base: float, records: dict, budget: str) 
         "reaches MAE": arrival(milestones(records, arm)) if budget == "flops" else "",
     }  # fmt: skip
 
-
+# %% ../nbs/21_readout.ipynb #5ad32bba
 def results_table(records: dict, budget: str = "flops") -> pd.DataFrame:
     """A row for each arm that has run: accuracies as mean ± sd over seeds, learning rate, cost."""
     table = table_of(records)
@@ -433,7 +433,7 @@ def as_plain(frame: pd.DataFrame) -> dict:
         for name, values in frame.to_dict("index").items()
     }
 
-
+# %% ../nbs/21_readout.ipynb #ec1fff58
 def summary(records: dict) -> dict:
     """Everything that the records say, as numbers and as sentences."""
     table = table_of(records)
@@ -457,7 +457,7 @@ def pictures(records: dict) -> Iterator[tuple[str, Figure]]:
         yield "operations.png", draw_operations(records, table)
         yield "gaps.png", draw_gaps(table)
 
-
+# %% ../nbs/21_readout.ipynb #f84481da
 def read_out(label: str = "embedded", folder=None) -> list[str]:
     """Write summary.json and the pictures of a set beside its records; the page of sentences."""
     root = home(folder)
