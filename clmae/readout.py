@@ -6,8 +6,8 @@
 __all__ = ['PROBES', 'COSTS', 'EMPTY', 'WAYS', 'TONES', 'NAMED', 'row', 'table_of', 'differences', 'Interval', 'interval', 'holm',
            'outcome', 'family_of', 'compare', 'points', 'sure', 'sentence', 'noise', 'pilot', 'overall', 'given_up',
            'conclusions', 'draw_pair', 'draw_column', 'draw_forest', 'curves_of', 'draw_ends', 'draw_operations',
-           'draw_gaps', 'health_table', 'milestones', 'arrival', 'mean_sd', 'line', 'results_table', 'still', 'cost',
-           'as_plain', 'summary', 'pictures', 'read_out']
+           'draw_gaps', 'health_table', 'milestones', 'arrival', 'mean_sd', 'line', 'results_table', 'still', 'number',
+           'cost', 'as_plain', 'summary', 'pictures', 'read_out']
 
 # %% ../nbs/21_readout.ipynb #5d6406c6
 from collections.abc import Iterator
@@ -215,6 +215,10 @@ def pilot(table: pd.DataFrame) -> str:
 def overall(compared: pd.DataFrame, budget: str, complete: bool) -> str:
     """One sentence on whether any arm beats MAE."""
     rivals = compared[compared["against"] == "mae"]
+    if (rivals["outcome"] == "no statement").all():
+        return (
+            f"{WAYS[budget].capitalize()}: no arm has its {len(SEEDS)} seeds yet, so there is no statement."
+        )
     winners = [title(arm) for arm in rivals.index[rivals["outcome"] == "wins"]]
     start = f"{WAYS[budget].capitalize()}, {'' if complete else 'so far, '}"
     if winners:
@@ -413,12 +417,17 @@ def still(records: dict) -> list[str]:
     for job in left:
         groups.setdefault((job.budget, job.arm), []).append(job)
     lines = [
-        f"{title(arm)}, {WAYS[budget]}: {len(jobs)} runs, about {cost(jobs, records)}"
+        f"{title(arm)}, {WAYS[budget]}: {number(jobs)}, about {cost(jobs, records)}"
         for (budget, arm), jobs in groups.items()
     ]
     if not left:
         return ["Nothing is missing."]
-    return [*lines, f"In all: {len(left)} runs, about {cost(left, records)} of one core."]
+    return [*lines, f"In all: {number(left)}, about {cost(left, records)} of one core."]
+
+
+def number(jobs: list) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{len(jobs)} run{'s' * (len(jobs) != 1)}"
 
 
 def cost(jobs: list, records: dict) -> str:
