@@ -3,12 +3,14 @@
 #   make VENV=/path/to/env ...   an environment you already have, used as it is
 #   make JOBS=8 test             more processes for the tests
 #   make ASK=--quick bench       options of bench/run.py
+#   make SLICE=20 bakeoff        minutes after which the bake-off saves its work and ends
 .DEFAULT_GOAL := help
-.PHONY: help repro verify smoke test test-long bench lab check record clean given
+.PHONY: help repro verify smoke test test-long bench bakeoff lab check record clean given
 .SUFFIXES:
 unexport PYTHONHOME PYTHONPATH IN_TEST
 
 PYTHON ?= python3
+SLICE ?= 60
 JOBS ?= 2
 VENV := build/venv
 BIN := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
@@ -45,6 +47,12 @@ test-long: $(ENV) ## the tests that kill a run at many random moments
 bench: build/bench-venv/.ready-$(KEY) ## time our training steps beside other libraries', and how fast images are read, into results/bench
 	@PATH="$(CURDIR)/build/bench-venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" build/bench-venv/bin/python -m bench.run $(ASK)
 	@PATH="$(CURDIR)/build/bench-venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" build/bench-venv/bin/python -m bench.input $(filter --quick,$(ASK))
+
+bakeoff: $(ENV) build/prepared ## compare the methods: what is missing of nbs/20_bakeoff, for at most an hour
+	@OMP_NUM_THREADS=1 $(RUN) -m clmae bakeoff --minutes $(SLICE)
+
+build/prepared: | $(ENV) data
+	@$(RUN) -m dvc repro prepare
 
 lab: $(ENV) ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab nbs

@@ -24,6 +24,7 @@ EXAMPLES = """examples:
                                               memory, steps, hours, learning rate: a prediction
   python -m clmae replay build/work/mae-0-1f00/incident
                                               which operation made the loss no number?
+  python -m clmae bakeoff --list              which runs of the comparison are done, what the others cost
   python -m clmae evaluate && python -m clmae baselines && python -m clmae figures
   dvc repro                                   all of it, only what changed, into results/
 """
@@ -178,6 +179,30 @@ def doctor(args):
     return 1 if wrong else 0
 
 
+def bakeoff(args):
+    from clmae import bakeoff as trial
+
+    where = {"label": args.set, "params": args.params, "prepared": args.prepared}
+    if args.read:
+        from clmae.readout import read_out
+
+        print(*read_out(args.set), sep="\n")
+        return 0
+    if args.list:
+        print(*trial.listing(trial.records_of(trial.home(), args.set)), sep="\n")
+        return 0
+    if args.arm is None:
+        done = trial.run_missing(minutes=args.minutes, report=lambda line: print(line, flush=True), **where)
+        print("all runs are done" if done else "the same command goes on")
+        return 0
+    job = trial.job_of(args.budget, args.arm, args.seed, args.factor)
+    record, differing = trial.run_one(job, **where)
+    outcome = trial.said(record) if differing is None else f"other {', '.join(differing)}"
+    if not args.quiet:
+        print(f"{job.name}: {'as recorded' if differing == [] else outcome}")
+    return 1 if differing else 0
+
+
 def steps(text):
     """A number of steps from the command line."""
     if not text.isdigit() or int(text) < 1:
@@ -270,6 +295,21 @@ def parser():
     command.add_argument(
         "--steps", type=steps, default=20, metavar="N", help="how many; default: %(default)s"
     )
+    command = add(bakeoff, "compare the methods: run what is missing of the protocol in nbs/20_bakeoff")
+    command.add_argument("--set", default="embedded", metavar="NAME", help="of the records; default: %(default)s")
+    command.add_argument(
+        "--prepared", default="build/prepared", metavar="FOLDER", help="prepared images; default: %(default)s"
+    )
+    command.add_argument("--list", action="store_true", help="show what is done and what is missing, run nothing")
+    command.add_argument("--read", action="store_true", help="write figures and conclusions of what is recorded")
+    command.add_argument(
+        "--minutes", type=float, default=60.0, metavar="M", help="stop and save after so many; default: %(default)s"
+    )
+    command.add_argument("--arm", metavar="NAME", help="run only this arm; if it is recorded, compare")
+    command.add_argument("--seed", type=int, default=10, metavar="N", help="of that arm; default: %(default)s")
+    command.add_argument("--budget", choices=["flops", "images"], default="flops", help="default: %(default)s")
+    command.add_argument("--factor", type=float, metavar="F", help="a tuning trial with base_lr times F")
+    command.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     command = add(stage, "run one stage's notebook, as dvc.yaml does", pair=True)
     command.add_argument("name", help="prepare, pretrain, evaluate, ...: nbs/stages/*_NAME.ipynb")
     command.add_argument(

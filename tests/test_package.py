@@ -16,10 +16,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-# A module imports only from those to its left (nbs/00_config ... nbs/19_doctor, then the command line).
+# A module imports only from those to its left (nbs/00_config ... nbs/21_readout, then the command line).
 ORDER = """config files scenes data shards machine patches masking vit mae masker curriculum teacher
            losses world estimators objectives trainer evaluate health figures pipeline cost runs difficulty
-           doctor __main__""".split()
+           doctor bakeoff readout __main__""".split()
 MODULES = [path for path in sorted((ROOT / "clmae").glob("*.py")) if path.stem not in {"__init__", "_modidx"}]
 
 

@@ -1,0 +1,393 @@
+"""The bake-off: its arms, the order of its runs, how a run ends and goes on, what a record holds."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from clmae import bakeoff, data
+from clmae.__main__ import main
+from clmae.bakeoff import BUDGETS, FACTORS, SEEDS, Job, arms, counted, program, trials
+from clmae.config import Stopped, UserError, as_yaml, parse, read_params
+from clmae.files import Lock, read_json, write_json
+from clmae.mae import build_mae
+from clmae.masking import Draw
+from clmae.objectives import make_objective
+from clmae.pipeline import validate
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = read_params(ROOT / "params.yaml")
+MODEL = {"patch_size": 4, "width": 16, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1}
+TRAIN = {"epochs": 3, "batch_size": 16, "base_lr": 8e-3, "threads": 1}
+KEYS = {
+    "set", "images_sha256", "budget", "arm", "seed", "stage", "family", "factor", "against", "block",
+    "base_lr", "settings", "commit", "versions", "machine", "command", "failed", "metrics", "curve", "gap",
+    "health", "validation_knn",
+}  # fmt: skip
+ENDED = {
+    "flops", "images", "step", "epoch", "parameters", "encoder_parameters", "peak_memory", "seconds",
+    "cpu_seconds",
+}  # fmt: skip
+
+
+# ---- arms
+
+
+@pytest.mark.parametrize("name", arms)
+def test_every_arm_builds_and_learns(name):
+    block = bakeoff.block_of(name, CONFIG)
+    validate(CONFIG.model_copy(update={"objectives": {name: block}}))
+    torch.manual_seed(0)
+    mae = build_mae((32, 32), patch_size=(4, 4), channels=3, preset="micro", width=16, depth=1, heads=2,
+                    decoder_width=16, decoder_depth=1, decoder_heads=2)  # fmt: skip
+    objective, images = make_objective(mae, **block, epochs=2), torch.randn(4, 3, 32, 32)
+    for phase in objective.phases(0):
+        loss = objective.loss(phase, images, 0.5, Draw(seed=(0,)))
+        grads = torch.autograd.grad(loss.total, list(objective.nets[phase].parameters()), allow_unused=True)
+        assert loss.total.isfinite() and any(g is not None and g.abs().sum() > 0 for g in grads)
+
+
+@pytest.mark.parametrize("name", arms)
+def test_an_arm_is_its_base_but_for_what_it_names(name):
+    block, base, arm = bakeoff.block_of(name, CONFIG), CONFIG.objectives[arms[name].base], arms[name]
+    named = {path.split(".")[0] for path in arm.changes}
+    assert {k: v for k, v in block.items() if k not in named} == {
+        k: v for k, v in base.items() if k not in named
+    }
+    assert all(block[key] != base.get(key) for key in named)
+    assert arm.base in ("mae", "cl_mae") or not arm.changes
+
+
+def test_arms_hold_what_was_asked_for():
+    assert {"mae", *bakeoff.METHODS, *bakeoff.CONTROLS, *bakeoff.MASKS} <= set(arms)
+    starts = [
+        arms[f"cl_mae_{name}"].changes["curriculum"]["start"] for name in ("partner", "neutral", "adversary")
+    ]
+    assert starts == [1.0, 0.0, -1.0]
+    blocks = {name: as_yaml(bakeoff.block_of(name, CONFIG)) for name in arms}
+    assert len(set(blocks.values())) == len(arms)  # no two arms are the same
+
+
+def test_unknown_arm_names_the_nearest():
+    with pytest.raises(UserError, match="unknown arm 'cl_mea'.*cl_mae"):
+        bakeoff.block_of("cl_mea", CONFIG)
+    with pytest.raises(UserError, match="seed 100"):
+        bakeoff.job_of("flops", "mae", 10, 2.0)
+
+
+# ---- statistics of the protocol
+
+
+@given(st.floats(0.2, 3), st.floats(0.2, 3), st.integers(3, 12), st.sampled_from([0.05, 0.01]))
+def test_power_is_that_of_the_noncentral_t(difference, sd, seeds, level):
+    edge, away = stats.t.isf(level / 2, seeds - 1), difference / sd * seeds**0.5
+    right = stats.nct.sf(edge, seeds - 1, away)  # the other tail adds less than half the level
+    assert right - 1e-9 <= bakeoff.power(difference, sd, seeds, level) <= right + level / 2 + 1e-9
+
+
+def test_detectable_difference_falls_with_seeds_and_scales_with_noise():
+    values = [bakeoff.detectable(1.0, seeds) for seeds in (3, 5, 10, 30)]
+    assert values == sorted(values, reverse=True)
+    assert bakeoff.detectable(2.0) == pytest.approx(2 * bakeoff.detectable(1.0), rel=1e-4)
+
+
+# ---- order
+
+
+def outcome(job: Job, value: float = 0.3) -> dict:
+    metrics = {"knn": {"accuracy": value}} if job.factor is None else None
+    return {"failed": None, "validation_knn": value, "metrics": metrics, "base_lr": 0.1, "cpu_seconds": 9.0}
+
+
+def finished(value=lambda job: 0.3) -> dict:
+    """Records of the whole program, given each job's validation accuracy."""
+    records: dict = {}
+    while left := bakeoff.missing(records):
+        records |= {job.name: outcome(job, value(job)) for job in left}
+    return records
+
+
+def test_an_arm_is_tuned_before_it_counts_and_mae_and_cl_mae_come_first():
+    jobs = program({})
+    assert len(set(jobs)) == len({job.name for job in jobs}) == len(jobs)
+    first = {job.arm for job in jobs[: 2 * (len(FACTORS) + len(SEEDS))]}
+    assert first == {"mae", "cl_mae"}
+    for arm in arms:
+        places = [jobs.index(job) for job in trials(arm)]
+        assert max(places) < jobs.index(Job("flops", arm, SEEDS[0]))
+    assert {job.arm for job in jobs} == set(arms)
+
+
+def test_equal_images_come_last_and_mae_is_not_run_twice():
+    jobs = program(finished())
+    budgets = [job.budget for job in jobs]
+    assert budgets == sorted(budgets) and {job.arm for job in jobs if job.budget == "images"} == {
+        *bakeoff.METHODS
+    }
+
+
+def test_who_is_far_behind_gets_one_seed():
+    worse = finished(lambda job: (0.2 if job.arm in ("emae", "noise") else 0.3) + job.seed / 1e4)
+    seeds = {arm: sum(job.name in worse for job in counted(arm)) for arm in arms}
+    assert seeds == {arm: 1 if arm in ("emae", "noise") else 5 for arm in arms}
+    assert sum(job.name in worse for job in counted("emae", budget="images")) == 1
+
+
+def test_a_reference_that_is_not_finished_lets_nobody_go_on():
+    records = finished()
+    del records[counted("mae")[4].name]
+    assert not bakeoff.goes_on("emae", records) and bakeoff.goes_on("cl_mae_rank", records)
+
+
+@given(st.lists(st.sampled_from([0.1, 0.2, 0.3]), min_size=3, max_size=3))
+def test_the_best_trial_wins_and_of_equals_the_smallest_rate(scores):
+    records = {job.name: outcome(job, v) for job, v in zip(trials("mae"), scores)}
+    assert bakeoff.chosen_factor("mae", records) == FACTORS[scores.index(max(scores))]
+
+
+def test_a_trial_that_broke_down_has_lost_and_all_three_are_an_error():
+    records = {job.name: outcome(job) for job in trials("mae")}
+    records[trials("mae")[0].name] = {"failed": "the loss is not finite", "validation_knn": None}
+    assert bakeoff.chosen_factor("mae", records) == 1.0
+    for job in trials("mae"):
+        records[job.name] = {"failed": "the loss is not finite", "validation_knn": None}
+    with pytest.raises(UserError, match="none of its tuning trials"):
+        bakeoff.chosen_factor("mae", records)
+
+
+# ---- one after another
+
+
+@pytest.fixture
+def pretend(tmp_path):
+    """`run_missing` in an empty folder with a stand-in for the runs; the commands that it got are kept."""
+
+    def job_in(command: str) -> Job:
+        words = shlex.split(command)
+        told = dict(zip(words[4::2], words[5::2]))
+        factor = float(told["--factor"]) if "--factor" in told else None
+        return bakeoff.job_of(told["--budget"], told["--arm"], int(told["--seed"]), factor)
+
+    def start(command, seconds, root):
+        asked.append(command)
+        if len(asked) in stops:
+            return False
+        job = job_in(command)
+        write_json(
+            bakeoff.place(root, "toy") / f"{job.name}.json", outcome(job, 0.2 if job.arm == "emae" else 0.3)
+        )
+        return True
+
+    def go(**more):
+        how = {"label": "toy", "params": ROOT / "params.yaml", "prepared": "x", "folder": tmp_path}
+        return bakeoff.run_missing(**{**how, "minutes": 5, "report": lines.append, "start": start, **more})
+
+    asked, lines, stops = [], [], set()
+    go.asked, go.lines, go.stops, go.folder, go.job_in = asked, lines, stops, tmp_path, job_in
+    return go
+
+
+def test_all_is_run_once_and_a_restart_skips_it(pretend, monkeypatch):
+    short = {name: arms[name] for name in ("mae", "cl_mae", "emae", "noise")}
+    monkeypatch.setattr(bakeoff, "arms", short)
+    monkeypatch.setattr(bakeoff, "METHODS", ["cl_mae", "emae"])
+    assert pretend()
+    first = [pretend.job_in(command) for command in pretend.asked]
+    assert len(set(first)) == len(first) == len(pretend.lines)
+    assert first == program(bakeoff.records_of(pretend.folder, "toy"))
+    assert pretend() and len(pretend.asked) == len(first)
+
+
+def test_a_slice_that_is_over_is_gone_on_with(pretend, monkeypatch):
+    monkeypatch.setattr(bakeoff, "arms", {"mae": arms["mae"], "cl_mae": arms["cl_mae"]})
+    monkeypatch.setattr(bakeoff, "METHODS", ["cl_mae"])
+    pretend.stops.add(3)
+    assert not pretend() and len(pretend.asked) == 3
+    assert pretend() and pretend.asked[3] == pretend.asked[2]
+    assert not pretend(minutes=0, label="other") and len(bakeoff.records_of(pretend.folder, "other")) == 0
+
+
+def test_of_two_processes_each_passes_over_what_the_other_holds(pretend):
+    jobs = trials("mae") + trials("cl_mae")
+    with Lock(bakeoff.lock_of(pretend.folder, "toy", jobs[0])):
+        assert bakeoff.next_job(pretend.folder, "toy") == jobs[1]
+        for job in trials("mae")[1:]:
+            write_json(bakeoff.place(pretend.folder, "toy") / f"{job.name}.json", outcome(job))
+        assert bakeoff.next_job(pretend.folder, "toy") == jobs[3]  # MAE's runs wait for their last trial
+    assert bakeoff.next_job(pretend.folder, "toy") == jobs[0]
+
+
+def test_a_child_is_stopped_in_time_and_its_failure_is_told(tmp_path):
+    assert not bakeoff.launch("python -c 'import time; time.sleep(60)'", 0.3, tmp_path)
+    assert bakeoff.launch("python -c 'pass'", 60, tmp_path)
+    with pytest.raises(UserError, match="ended with 3"):
+        bakeoff.launch("python -c 'raise SystemExit(3)'", 60, tmp_path)
+
+
+def test_the_list_says_what_is_done_and_what_the_rest_costs():
+    records = {job.name: outcome(job) for job in trials("mae")}
+    lines = list(bakeoff.listing(records))
+    assert lines[0].startswith("tune/mae-100-x0.5") and "validation kNN 30.0 %" in lines[0]
+    assert "missing, about 0 min" in lines[3] and lines[-1].startswith(f"3 of {len(program({}))} runs done")
+
+
+# ---- one run for real
+
+
+def config(**train):
+    sections = {
+        "data": {"image_size": 32},
+        "model": MODEL,
+        "evaluate": {"k": 5, "bootstrap": 10, "probe_c": [0.1]},
+    }
+    film = {"images": 1, "moments": 2, "average_over": 4}
+    blocks = json.loads(json.dumps(CONFIG.objectives))
+    return parse({"runs": ["mae"], **sections, "film": film, "train": TRAIN | train, "objectives": blocks})
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A repository with a few prepared images of noise, as the current folder."""
+    rng, sizes = np.random.default_rng(0), {"train": 64, "val": 32, "test": 32}
+    drawn = {split: (rng.integers(0, 255, (n, 3, 32, 32)), np.arange(n) % 2) for split, n in sizes.items()}
+    data.store_arrays(tmp_path / "build/prepared", drawn, ["a", "b"])
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    write_params(tmp_path, config())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_params(folder, config):
+    sections = config.model_dump(mode="json")
+    text = "".join(f"{name}: {as_yaml(section)}\n" for name, section in sections.items())
+    (folder / "params.yaml").write_text(text)
+
+
+def command(record: dict) -> list[str]:
+    return shlex.split(record["command"])[3:]
+
+
+def test_tuned_run_and_run_again(here, capsys):
+    """The whole way by the commands: not before tuning; then three trials, a run, and the same run again."""
+    assert main(["bakeoff", "--arm", "cl_mae"]) == 2 and "not tuned yet" in capsys.readouterr().err
+    for factor in FACTORS:
+        assert main(["bakeoff", "--arm", "cl_mae", "--seed", "100", "--factor", str(factor)]) == 0
+    assert main(["bakeoff", "--arm", "cl_mae", "--seed", "10"]) == 0
+    records = bakeoff.records_of(here, "embedded")
+    record, trial = records["flops/cl_mae-10"], records["tune/cl_mae-100-x2"]
+    assert set(record) == set(trial) == KEYS | ENDED
+    assert (
+        trial["metrics"] is None and 0 <= record["metrics"]["knn"]["low"] <= record["metrics"]["knn"]["high"]
+    )
+    assert record["base_lr"] == 8e-3 * bakeoff.chosen_factor("cl_mae", records) and trial["base_lr"] == 16e-3
+    assert record["curve"][-1]["knn"] == record["validation_knn"] and record["stage"] == "run"
+    assert record["block"] == bakeoff.block_of("cl_mae", config()) and record["commit"] == "unknown"
+    assert record["peak_memory"] > 1e8 and record["cpu_seconds"] > 0
+    before = Path("results/recorded/bakeoff/embedded/flops/cl_mae-10.json").read_bytes()
+    capsys.readouterr()
+    assert main(command(record)) == 0 and "as recorded" in capsys.readouterr().out
+    assert Path("results/recorded/bakeoff/embedded/flops/cl_mae-10.json").read_bytes() == before
+    assert not list(Path("build/bakeoff").rglob("*.safetensors"))
+
+
+def test_a_rerun_that_differs_is_told_and_kept_out(here, capsys):
+    for job in trials("mae"):
+        write_json(bakeoff.place(here, "embedded") / f"{job.name}.json", outcome(job))
+    assert main(["bakeoff", "--arm", "mae"]) == 0
+    path = bakeoff.place(here, "embedded") / "flops/mae-10.json"
+    record = read_json(path)
+    write_json(path, record | {"validation_knn": 0.123})
+    assert main(command(record)) == 1 and "other validation_knn" in capsys.readouterr().out
+    assert read_json(path)["validation_knn"] == 0.123
+
+
+def test_an_interrupted_run_leaves_no_record_and_goes_on(here, monkeypatch):
+    steps = []
+
+    def stop(**given):
+        given["report"] = lambda line: steps.append(line)
+        if not steps:
+            steps.append("begun")
+            raise Stopped("stopped by SIGTERM")
+        return real(**given)
+
+    real = bakeoff.pretrain_run
+    monkeypatch.setattr(bakeoff, "pretrain_run", stop)
+    how = {"label": "embedded", "params": "params.yaml", "prepared": "build/prepared", "folder": here}
+    with pytest.raises(UserError):
+        bakeoff.run_one(trials("mae")[1], **how)
+    assert bakeoff.records_of(here, "embedded") == {}
+    record, differing = bakeoff.run_one(trials("mae")[1], **how)
+    assert differing is None and record["seconds"] is None and record["cpu_seconds"] is None
+    assert not bakeoff.held(here, "embedded", trials("mae")[1])
+
+
+def test_scoring_that_was_interrupted_does_not_train_again(here, monkeypatch):
+    for job in trials("mae"):
+        write_json(bakeoff.place(here, "embedded") / f"{job.name}.json", outcome(job))
+    how = {"label": "embedded", "params": "params.yaml", "prepared": "build/prepared", "folder": here}
+    with monkeypatch.context() as patch:
+        patch.setattr(bakeoff, "scores", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            bakeoff.run_one(counted("mae")[0], **how)
+    monkeypatch.setattr(bakeoff, "pretrain_run", None)
+    record, _ = bakeoff.run_one(counted("mae")[0], **how)
+    assert record["metrics"]["knn"]["accuracy"] >= 0 and record["seconds"] > 0
+
+
+def test_a_loss_that_is_no_number_is_a_result(here):
+    write_params(here, config(base_lr=1e30, warmup=0.0))
+    how = {"label": "embedded", "params": "params.yaml", "prepared": "build/prepared", "folder": here}
+    record, _ = bakeoff.run_one(trials("mae")[2], **how)
+    assert "not finite" in record["failed"] and record["metrics"] is None and record["validation_knn"] is None
+    assert bakeoff.records_of(here, "embedded")["tune/mae-100-x2"]["failed"] == record["failed"]
+
+
+# ---- what is committed
+
+SETS = [path for path in sorted((ROOT / "results/recorded/bakeoff").glob("*")) if path.is_dir()]
+RECORDS = [path for folder in SETS for path in sorted(folder.glob("*/*.json"))]
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_committed_record_is_whole_and_of_its_arm(path):
+    record = read_json(path)
+    job = Job(
+        record["budget"],
+        record["arm"],
+        record["seed"],
+        record["factor"] if record["stage"] == "tune" else None,
+    )
+    assert f"{path.parent.name}/{path.stem}" == job.name and record["set"] == path.parent.parent.name
+    assert set(record) == KEYS | ENDED or (set(record) == KEYS and record["failed"])
+    assert record["block"] == bakeoff.block_of(record["arm"], CONFIG), "params.yaml has moved since"
+    assert record["budget"] in BUDGETS and record["seed"] in (
+        {100} if record["stage"] == "tune" else set(SEEDS)
+    )
+    assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]), "made with uncommitted code"
+    if record["stage"] == "run":
+        records = bakeoff.records_of(ROOT, record["set"])
+        assert record["factor"] == bakeoff.chosen_factor(record["arm"], records)
+
+
+def git(*words) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not RECORDS or shutil.which("git") is None, reason="no records, or no git")
+def test_the_protocol_was_committed_before_its_results():
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("no whole history here")
+    first = git("log", "--diff-filter=A", "--format=%H", "--", "nbs/20_bakeoff.ipynb").stdout.split()[-1]
+    for commit in {read_json(path)["commit"] for path in RECORDS}:
+        assert git("merge-base", "--is-ancestor", first, commit).returncode == 0, commit
+        assert git("merge-base", "--is-ancestor", commit, "HEAD").returncode == 0, commit

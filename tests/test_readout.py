@@ -1,0 +1,217 @@
+"""The read-out: its statistics against other computations, its words for each case, what it writes."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy import stats
+
+from clmae import readout
+from clmae.__main__ import main
+from clmae.bakeoff import LEVEL, METHODS, SEEDS, arms, counted, place, records_of, trials
+from clmae.files import read_json, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+LABELS = [path.name for path in sorted((ROOT / "results/recorded/bakeoff").glob("*")) if path.is_dir()]
+numbers = st.floats(-20, 20, allow_subnormal=False).map(lambda x: round(x, 3))
+
+
+def record(arm, seed, knn, budget="flops", linear=0.4, **more) -> dict:
+    """A counted run with this test accuracy."""
+    curve = [{"epoch": e, "step": e, "flops": 1e12 * e, "images": e, "knn": knn * e / 4} for e in range(1, 5)]
+    return {
+        "stage": "run", "budget": budget, "arm": arm, "seed": seed, "failed": None, "base_lr": 0.032,
+        "metrics": {"knn": {"accuracy": knn, "low": knn - 0.02, "high": knn + 0.02},
+                    "linear": {"accuracy": linear, "low": linear - 0.02, "high": linear + 0.02}},
+        "validation_knn": knn, "curve": curve, "gap": {"first_quarter": 0.95, "last_quarter": 1.05},
+        "health": {"verdict": "alive", "alive": 1.0}, "cpu_seconds": 100.0, "seconds": 120.0,
+        "peak_memory": 1e9, "flops": 4e12, "images": 4,
+    } | more  # fmt: skip
+
+
+def study(**accuracies) -> dict:
+    """Records by name from arm=[accuracy per seed]."""
+    return {
+        job.name: record(arm, job.seed, value)
+        for arm, values in accuracies.items()
+        for job, value in zip(counted(arm), values)
+    }
+
+
+BASE = [0.330, 0.340, 0.335, 0.325, 0.345]
+
+
+def shifted(by: float, wobble: float = 0.002) -> list[float]:
+    return [b + by + wobble * w for b, w in zip(BASE, (1, -1, 0.5, -0.5, 0))]
+
+
+# ---- statistics
+
+
+@given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=10))
+def test_interval_is_scipys_paired_t(pairs):
+    a, b = np.array(pairs).T
+    assume(np.ptp(a - b) > 1e-6)
+    ours, theirs = readout.interval(a - b), stats.ttest_rel(a, b)
+    low, high = theirs.confidence_interval(1 - LEVEL)
+    assert ours.p == pytest.approx(theirs.pvalue, rel=1e-6, abs=1e-12)
+    np.testing.assert_allclose(
+        [ours.centre - ours.half, ours.centre + ours.half], [low, high], rtol=1e-6, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("values, expected", [([1.0, 1.0], (1.0, 0.0, 0.0)), ([0.0, 0.0], (0.0, 0.0, 1.0))])
+def test_interval_without_any_spread(values, expected):
+    assert readout.interval(values)[1:] == expected
+
+
+def test_interval_of_one_and_of_none():
+    one, none = readout.interval([2.0]), readout.interval([])
+    assert (one.seeds, one.centre) == (1, 2.0) and np.isnan(one.half) and np.isnan(one.p)
+    assert none.seeds == 0 and np.isnan(none.centre)
+
+
+def rejected(p, size, level) -> set[int]:
+    """Holm's procedure as it is defined: step down until a p-value is too large."""
+    found = set()
+    for step, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        if p[i] > level / (size - step):
+            break
+        found.add(i)
+    return found
+
+
+@given(st.lists(st.floats(1e-4, 1), min_size=1, max_size=8), st.integers(0, 5), st.floats(0.001, 0.5))
+def test_holm_rejects_what_the_procedure_rejects(p, more, level):
+    size = len(p) + more
+    corrected = readout.holm(p, size)
+    assume(np.abs(corrected - level).min() > 1e-9)  # a tie is decided by rounding
+    assert {i for i, value in enumerate(corrected) if value <= level} == rejected(p, size, level)
+    assert all(corrected >= np.array(p) - 1e-12) and all(corrected <= 1)
+
+
+def test_arms_that_did_not_run_count_in_the_family():
+    p = readout.holm([0.004, np.nan], 6)
+    assert p[0] == pytest.approx(0.024) and np.isnan(p[1])
+
+
+def test_differences_are_paired_by_seed_and_survive_a_run_that_broke_down():
+    records = study(mae=BASE, cl_mae=BASE[:3])
+    broken = counted("cl_mae")[1].name
+    records[broken] |= {"metrics": None, "failed": "the loss is not finite"}
+    d = readout.differences(readout.table_of(records), "cl_mae", "mae")
+    assert list(d.index) == [SEEDS[0], SEEDS[2]] and np.allclose(d, 0)
+
+
+def test_mae_stands_in_both_tables_and_trials_in_none():
+    records = study(mae=BASE) | {trials("mae")[0].name: record("mae", 100, 0.9) | {"stage": "tune"}}
+    table = readout.table_of(records)
+    assert table.groupby("budget").size().to_dict() == {"flops": 5, "images": 5} and table["knn"].max() < 50
+
+
+def test_ablations_are_held_against_cl_mae():
+    records = study(mae=BASE, cl_mae=shifted(-0.05), cl_mae_rank=shifted(-0.05), noise=shifted(0.0))
+    compared = readout.compare(readout.table_of(records))
+    assert compared.loc["cl_mae_rank", "against"] == "cl_mae"
+    assert abs(compared.loc["cl_mae_rank", "centre"]) < 0.1 and compared.loc["noise", "against"] == "mae"
+
+
+# ---- words
+
+
+P = r"\(5 seeds, p (= 0|<) ?[\d.]+ after Holm\)\."
+SAID = [
+    ("cl_mae", shifted(0.03), rf"CL-MAE beats MAE by 3\.0 ± 0\.2 points {P}"),
+    ("cl_mae", shifted(-0.03), rf"CL-MAE loses to MAE by 3\.0 ± 0\.2 points {P}"),
+    ("cl_mae", shifted(0.001, 0.02), r"CL-MAE is within noise of MAE: \+0\.1 ± \d\.\d points \(5 .*\)\."),
+    ("cl_mae", shifted(-0.001, 0.02), r"CL-MAE is within noise of MAE: −0\.1 ± \d\.\d points \(5 .*\)\."),
+    ("emae", [0.20], r"EMAE: one seed, −13\.0 points against MAE, no statement; given up, as the .* says\."),
+    ("emae", [0.33], r"EMAE: one seed, \+0\.0 points against MAE, no statement\."),
+    ("emae", shifted(0.03)[:4], r"EMAE: 4 seeds, \+3\.0 points against MAE, no statement\."),
+    ("emae", [], r"EMAE: not run yet\."),
+]
+
+
+@pytest.mark.parametrize("arm, values, said", SAID)
+def test_words_for_each_case(arm, values, said):
+    lines = readout.conclusions(study(mae=BASE, **{arm: values}))
+    line = lines[1 + METHODS.index(arm)]
+    assert re.fullmatch(said, line), line
+
+
+def test_a_difference_that_the_correction_takes_back_is_within_noise():
+    records = study(mae=BASE, cl_mae=shifted(0.015, 0.015))
+    r = readout.compare(readout.table_of(records)).loc["cl_mae"]
+    assert r.p < LEVEL <= r.holm and r.outcome == "within noise" and r.centre - r.half > 0
+
+
+def test_the_first_line_is_about_all_arms(monkeypatch):
+    none, some = study(mae=BASE, cl_mae=BASE), study(mae=BASE, cl_mae=shifted(0.03), emae=shifted(0.04))
+    nothing = "At equal operations, so far, none of the arms beats MAE beyond noise."
+    assert readout.conclusions(none)[0] == nothing
+    assert readout.conclusions(some)[0] == "At equal operations, so far, CL-MAE, EMAE beat MAE beyond noise."
+    early = readout.conclusions(study(mae=BASE, cl_mae=BASE[:3]))[0]
+    assert early == "At equal operations: no arm has its 5 seeds yet, so there is no statement."
+    monkeypatch.setattr(readout, "missing", lambda records: [])
+    assert readout.conclusions(none)[0] == "At equal operations, none of the arms beats MAE beyond noise."
+
+
+def test_an_ablation_that_beats_cl_mae_is_no_win_over_mae():
+    records = study(mae=BASE, cl_mae=shifted(-0.1), cl_mae_rank=shifted(-0.05))
+    assert readout.compare(readout.table_of(records)).loc["cl_mae_rank", "outcome"] == "wins"
+    assert "none of the arms beats MAE" in readout.conclusions(records)[0]
+
+
+def test_time_to_maes_accuracy():
+    records = study(mae=[0.3] * 5, cl_mae=[0.4, 0.2])
+    assert readout.milestones(records, "cl_mae") == [0.75, None]
+    assert readout.arrival([0.75, None]) == "1 of 2, after 75 %"
+    assert readout.milestones({}, "cl_mae") == [] and readout.milestones(records, "mae") == [1.0] * 5
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize("records", [{}, study(mae=BASE[:1]), study(mae=BASE, cl_mae=BASE[:2])])
+def test_read_out_works_with_any_part_of_the_records(tmp_path, records):
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    for name, one in records.items():
+        write_json(place(tmp_path, "toy") / f"{name}.json", one)
+    page = readout.read_out("toy", tmp_path)
+    found = read_json(place(tmp_path, "toy") / "summary.json")
+    assert found["missing"] and page[0] == found["sentences"]["noise"] and "nan" not in "\n".join(page)
+    assert records_of(tmp_path, "toy") == json.loads(json.dumps(records))  # its own files are no records
+    forest = place(tmp_path, "toy") / "forest-flops.png"
+    assert forest.exists() == any(one["arm"] != "mae" for one in records.values())
+    assert readout.read_out("toy", tmp_path) == page
+
+
+def test_command_prints_the_page(tmp_path, monkeypatch, capsys):
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["bakeoff", "--read", "--set", "toy"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("MAE: fewer than two seeds yet") and "In all: " in out
+
+
+def test_table_has_a_row_for_each_arm_that_ran():
+    table = readout.results_table(study(mae=BASE, noise=BASE[:1]))
+    assert list(table.index) == ["MAE", "noise"] and table.loc["noise", "20-NN (%)"] == "33.0"
+    assert table.loc["MAE", "20-NN (%)"] == "33.5 ± 0.8" and table.loc["MAE", "× MAE"] == "1.0"
+
+
+def test_arms_are_titled_apart():
+    assert len({readout.title(name) for name in arms}) == len(arms)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_committed_summary_is_what_the_records_say(label):
+    path = place(ROOT, label) / "summary.json"
+    if not path.exists():
+        pytest.skip("not read out yet")
+    again, kept = readout.summary(records_of(ROOT, label)), read_json(path)
+    assert all(kept[key] == again[key] for key in ("sentences", "missing", "tables"))
