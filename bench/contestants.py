@@ -13,6 +13,7 @@ from clmae.mae import MAE, build_mae
 from clmae.masking import Draw, Hiding
 from clmae.objectives import MaskedAutoencoding, make_objective
 from clmae.trainer import make_fabric, make_optimizers, one_step
+from clmae.vit import compile_blocks
 
 from . import textbook
 
@@ -63,10 +64,14 @@ def trainable(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
-def ours(name: str, case: Case, precision: str, device: str, settings: dict) -> Contestant:
+def ours(
+    name: str, case: Case, precision: str, device: str, settings: dict, compiled: bool = False
+) -> Contestant:
     """Our trainer's step, with the settings of a block of params.yaml."""
     fabric = make_fabric(device, precision)
     objective = make_objective(case.mae(), epochs=EPOCHS, **settings)
+    if compiled:
+        compile_blocks(objective)
     objective.calls = {net: fabric.setup_module(module) for net, module in objective.nets.items()}
     optimizers = make_optimizers(objective, betas=BETAS, weight_decay=WEIGHT_DECAY)
     images = case.images().to(fabric.device)

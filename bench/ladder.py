@@ -97,6 +97,9 @@ def rungs(case: Case, params: Config) -> list[Contestant]:
         "CL-MAE, ours": block,
     }.items():
         found.append(ours(name, case, "32", "cpu", settings))
+    for precision in ("32", "bf16"):
+        name = "MAE, ours, compiled"
+        found.append(ours(name, case, precision, "cpu", params.objectives["mae"], compiled=True))
     half = ours(UNIT, case, "bf16", "cpu", params.objectives["mae"])
     again = ours(UNIT, case, "bf16", "cpu", params.objectives["mae"])
     return [*found, half, within(always_fused, again, "MAE, ours, fused attention")]
@@ -136,7 +139,7 @@ def ladder(case: Case, params: Config) -> dict:
         }
         for c, n, seconds in zip(found, counted, taken)
     ]
-    profiled = [c for c in found if c.name.startswith("MAE, ours")]
+    profiled = [c for c in found if c.name.startswith(UNIT) and "compiled" not in c.name]
     return {
         "case": case.name,
         "title": case.title,

@@ -227,6 +227,7 @@ class Train(Crops):
     checkpoint_activations: bool = key(
         False, "keep only the inputs of encoder and decoder blocks for backward and compute the rest again"
     )
+    compile: bool = key(False, "compile the transformer blocks with torch.compile; changes the last digits")
     nonfinite: Literal["stop", "skip"] = key(
         "stop", "a loss or gradient that is no number stops the run, or its step is skipped (a few per epoch)"
     )

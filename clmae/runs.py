@@ -6,9 +6,9 @@
 __all__ = ['MONITOR_BANK', 'HEALTH_IMAGES', 'SAFETY', 'CONSISTENCY_IMAGES', 'build_model', 'phase_flops', 'cumulative_flops',
            'plan', 'knn_every', 'write_curves', 'Milestones', 'to_pixels', 'spread', 'part_of', 'shot_of', 'Shooting',
            'Recorder', 'fingerprint', 'speaker', 'open_stores', 'thinned', 'Reader', 'validation_monitor', 'assemble',
-           'one_line', 'course_settings', 'memory_adviser', 'train_it', 'summary', 'leave', 'write_time', 'recipe_of',
-           'batches_of', 'decisive', 'workshop', 'health_monitor', 'pretrain_run', 'splits', 'probes', 'write_map',
-           'evaluate_run', 'baselines_run', 'replay']
+           'compile_if_possible', 'one_line', 'course_settings', 'memory_adviser', 'train_it', 'summary', 'leave',
+           'write_time', 'recipe_of', 'batches_of', 'decisive', 'workshop', 'health_monitor', 'pretrain_run', 'splits',
+           'probes', 'write_map', 'evaluate_run', 'baselines_run', 'replay']
 
 # %% ../nbs/15_runs.ipynb #5d6406c6
 import hashlib
@@ -41,7 +41,7 @@ from .objectives import MaskedAutoencoding, Objective, View, make_objective, vie
 from .patches import unpatchify
 from .shards import open_shards
 from .trainer import Finding, fit, launch, make_fabric, peak_rate, replay_step, warn
-from .vit import checkpoint_activations
+from .vit import checkpoint_activations, compile_blocks, compile_trouble
 
 # %% ../nbs/15_runs.ipynb #4cd15bc9
 def build_model(data: Data, model: Model, seed: int, store: Store) -> MAE:
@@ -310,6 +310,15 @@ def assemble(objective: dict, data: Data, model: Model, train: Train, seed: int,
     checkpoint_activations(trained.mae, train.checkpoint_activations)
     return trained, spent
 
+
+def compile_if_possible(objective: Objective, device) -> None:
+    """Compile the objective's blocks for a device; a warning that says why, if that can't be done here."""
+    trouble = compile_trouble(device)
+    if trouble:
+        warn(f"train.compile: nothing can be compiled here ({trouble}); going on without")
+    else:
+        compile_blocks(objective)
+
 # %% ../nbs/15_runs.ipynb #a6d215bb
 def one_line(record: dict) -> str:
     """The record of an epoch as the line that a notebook keeps: no times, the same in every rebuild."""
@@ -480,6 +489,8 @@ def pretrain_run(
     fabric = launch(train.device, train.precision)
     batches, read = batches_of(data, train, shards or Shards(), train_store, seed, fabric.device, root)
     trained, spent = assemble(objective, data, model, train, seed, train_store, batches)
+    if train.compile:
+        compile_if_possible(trained, fabric.device)
     parts = decisive(objective, data, model, train, film, evaluate) | read
     work = workshop(root, name, seed=seed, **parts)
     with Lock(work / "lock", f"the run {name}") if fabric.is_global_zero else nullcontext():
