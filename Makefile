@@ -44,9 +44,10 @@ test: $(ENV) data ## the whole test suite: pytest, then every notebook from top 
 test-long: $(ENV) ## the tests that kill a run at many random moments
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m long
 
-bench: build/bench-venv/.ready-$(KEY) ## time our training steps beside other libraries', and how fast images are read, into results/bench
+bench: build/bench-venv/.ready-$(KEY) ## time our training steps beside other libraries', part by part, and reading; into results/bench
 	@PATH="$(CURDIR)/build/bench-venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" build/bench-venv/bin/python -m bench.run $(ASK)
 	@PATH="$(CURDIR)/build/bench-venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" build/bench-venv/bin/python -m bench.input $(filter --quick,$(ASK))
+	@PATH="$(CURDIR)/build/bench-venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" build/bench-venv/bin/python -m bench.ladder $(filter --quick,$(ASK))
 
 bakeoff: $(ENV) build/prepared ## compare the methods: what is missing of nbs/20_bakeoff, for at most an hour
 	@OMP_NUM_THREADS=1 $(RUN) -m clmae bakeoff --minutes $(SLICE)

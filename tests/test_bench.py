@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import contestants, run
+from bench import contestants, ladder, run
 from bench import input as reading
 from bench.contestants import Contestant, same_loss, same_size
 from clmae.config import read_params
@@ -170,3 +170,44 @@ def test_every_way_to_read_is_measured_beside_the_training():
         assert row["bottleneck"] == (row["times_training"] < 1)
     whole = {"device": "cpu", "machine": machine("cpu"), "sizes": [record]}
     assert reading.table(whole).count("shards") == len(paths) - 2
+
+
+# ---- the ladder
+
+
+def test_operations_belong_to_a_kind():
+    assert ladder.group_of("aten::addmm") == "matrix products"
+    assert ladder.group_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+    assert ladder.group_of("aten::native_layer_norm_backward") == "activation and norm"
+    assert ladder.group_of("aten::_fused_adamw_") == "optimizer"
+    assert ladder.group_of("aten::scatter") == "copies and gathers"
+    assert ladder.group_of("aten::erfinv") == "all else"
+
+
+def test_a_profile_says_where_the_time_goes():
+    a = torch.randn(400, 400)
+    product = Contestant("product", "32", 0, {"step": lambda number: [a @ a for _ in range(20)]})
+    found = ladder.shares(product)
+    assert found["matrix products"] > 0.5 and sum(found.values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_fused_attention_is_forced_within_its_context_only():
+    from clmae.vit import Trunk
+
+    trunk, x, seen = Trunk(16, 1, 2), torch.zeros(1, 4, 16, dtype=torch.bfloat16), []
+    trunk.to(torch.bfloat16)
+
+    def step(number):
+        trunk(x)
+        seen.append(trunk.blocks[0].attn.fused_attn)
+
+    plain = Contestant("plain", "bf16", 0, {"step": step})
+    ladder.within(ladder.always_fused, plain, "fused").phases["step"](0)
+    plain.phases["step"](0)
+    assert seen == [True, False]
+
+
+def test_predictions_are_counted_operations():
+    mine = contestants.ours("MAE, ours", QUICK, "32", "cpu", PARAMS.objectives["mae"])
+    counted = [ladder.operations(c) for c in (ladder.plain_adamw(QUICK, "32"), mine)]
+    assert counted[0] == pytest.approx(counted[1], rel=0.05)  # the same network
