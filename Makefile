@@ -26,6 +26,7 @@ help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 repro: $(ENV) data ## rebuild every number and figure: images, pretraining, evaluation, figures
+	@$(RUN) .ci/mend.py
 	@$(RUN) -m dvc repro
 
 verify: $(ENV) ## rebuild the last commit in build/verify and compare it with the committed results

@@ -109,3 +109,18 @@ def test_times_are_recorded_with_the_machine(tmp_path):
 def test_nothing_to_record_is_one_line(tmp_path, capsys):
     assert script("record", tmp_path)["main"]() == 1
     assert capsys.readouterr().err == "clmae: error: no times in build/timings; run make repro first\n"
+
+
+# ---- what a killed DVC leaves
+
+
+@pytest.mark.parametrize("text, goes", [("", True), ('{"a": {"re', True), ("{}", False), (None, False)])
+def test_half_a_note_of_dvc_goes_and_a_whole_one_stays(text, goes, tmp_path, capsys):
+    note = tmp_path / ".dvc/tmp/rwlock"
+    note.parent.mkdir(parents=True)
+    if text is not None:
+        note.write_text(text)
+    mend = runpy.run_path(str(ROOT / ".ci" / "mend.py"))["mend"]
+    assert mend(tmp_path, pause=0) is goes
+    assert note.exists() is (text is not None and not goes)
+    assert ("removed .dvc/tmp/rwlock" in capsys.readouterr().err) is goes

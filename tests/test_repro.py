@@ -25,6 +25,7 @@ from clmae.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = runpy.run_path(str(ROOT / ".ci" / "smoke.py"))
+MEND = runpy.run_path(str(ROOT / ".ci" / "mend.py"))
 NAME = "cl_mae-0"  # the run with two nets, two optimizers and a schedule: the most to put back
 TINY = {
     "runs": ["cl_mae"],
@@ -245,6 +246,7 @@ def kill(process: subprocess.Popen, all_at_once: bool):
 
 def killed(top: Path, name: str, chance: random.Random, stride: int) -> tuple[int, bool]:
     """A `dvc repro` killed at a random moment: the step saved, and whether a checkpoint was being written."""
+    MEND["mend"](top)  # as make repro does
     process, before = start(top, f"pretrain@{name}"), steps_saved(top, name)
     kind = chance.choice(["early", "between", "writing", "writing"])
     if kind == "early":
@@ -265,6 +267,7 @@ def train_under_fire(top: Path, name: str, kills: int):
     SMOKE["override"](top, {"train": {"checkpoint_minutes": 1e-6}})  # another setting, the same result
     chance, steps = random.Random(f"{name} {kills}"), read_json(top / f"results/pretrain/{name}.json")["step"]
     told = [killed(top, name, chance, steps // (kills + 2)) for _ in range(kills)]
+    MEND["mend"](top)
     code, said = repro(top, f"pretrain@{name}")
     assert code == 0, said
     assert not list((top / "build/work").iterdir())
