@@ -7,14 +7,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from toyrepo import make_repository, write_params
 
-from clmae import bakeoff, data
+from clmae import bakeoff
 from clmae.__main__ import main
 from clmae.bakeoff import BUDGETS, FACTORS, SEEDS, Job, arms, counted, program, trials
 from clmae.config import Stopped, UserError, as_yaml, parse, read_params
@@ -257,19 +257,10 @@ def config(**train):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A repository with a few prepared images of noise, as the current folder."""
-    rng, sizes = np.random.default_rng(0), {"train": 64, "val": 32, "test": 32}
-    drawn = {split: (rng.integers(0, 255, (n, 3, 32, 32)), np.arange(n) % 2) for split, n in sizes.items()}
-    data.store_arrays(tmp_path / "build/prepared", drawn, ["a", "b"])
+    make_repository(tmp_path, config(), side=32)
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
-    write_params(tmp_path, config())
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def write_params(folder, config):
-    sections = config.model_dump(mode="json")
-    text = "".join(f"{name}: {as_yaml(section)}\n" for name, section in sections.items())
-    (folder / "params.yaml").write_text(text)
 
 
 def command(record: dict) -> list[str]:

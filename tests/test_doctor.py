@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from toyrepo import make_repository, write_params
 
 from clmae import cost, data, doctor, files, runs, trainer
-from clmae.config import Stopped, UserError, as_yaml, parse
+from clmae.config import Stopped, UserError, parse
 from clmae.objectives import Loss
 
 MODEL = {"patch_size": 4, "width": 32, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1}
@@ -33,19 +34,9 @@ def config(**train):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A folder with prepared images of noise and their parameters, as the current one."""
-    rng, sizes = np.random.default_rng(0), {"train": 64, "val": 32, "test": 32}
-    noise = {split: rng.integers(0, 255, (n, 3, 16, 16)) for split, n in sizes.items()}
-    splits = {split: (x, np.arange(len(x)) % 2) for split, x in noise.items()}
-    data.store_arrays(tmp_path / "build/prepared", splits, ["a", "b"])
-    write_params(tmp_path, config())
+    make_repository(tmp_path, config(), side=16)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def write_params(folder, config):
-    sections = config.model_dump(mode="json")
-    text = "".join(f"{name}: {as_yaml(section)}\n" for name, section in sections.items())
-    (folder / "params.yaml").write_text(text)
 
 
 def course_of(here, config, run="mae"):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,14 @@ def steps_saved(top: Path, name: str = NAME) -> int:
     """The step of the checkpoint in build/work; 0 if there is none."""
     found = (top / "build/work").glob(f"{name}-*/step-*.json")
     return max((int(path.stem.removeprefix("step-")) for path in found), default=0)
+
+
+def wait_until(condition, seconds: float = 60):
+    """Wait until the condition holds; fail if it takes longer than `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.02)
 
 
 def wait_for(process: subprocess.Popen, condition):
@@ -274,12 +283,42 @@ def train_under_fire(top: Path, name: str, kills: int):
     return told
 
 
+def kernel_of(process: subprocess.Popen) -> psutil.Process:
+    """The process that runs the notebook of a `dvc repro`."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    [kernel] = [member for member in family if "ipykernel_launcher" in member.cmdline()]
+    return kernel
+
+
+@contextmanager
+def held_still(process: psutil.Process):
+    """The process, stopped where it is while the block runs."""
+    process.suspend()
+    try:
+        yield process
+    finally:
+        process.resume()
+
+
+def awaits(process: psutil.Process, number: signal.Signals) -> bool:
+    """Whether a stopped process was sent a signal; where the system doesn't tell, True after a while."""
+    status = Path(f"/proc/{process.pid}/status")
+    if not status.exists():
+        time.sleep(5)
+        return True
+    masks = re.findall(r"^(?:Shd|Sig)Pnd:\s*(\w+)", status.read_text(), re.MULTILINE)
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
 def test_dvc_that_is_ended_lets_training_save(finished, tmp_path):
     top = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
     SMOKE["override"](top, {"train": {"checkpoint_minutes": 5.0}})
     process = start(top, f"pretrain@{NAME}")
     wait_for(process, lambda: steps_saved(top) > 0)
-    process.terminate()  # DVC alone, which ends without a word to its stage
+    with held_still(kernel_of(process)) as kernel:  # else it may be done before it is told to stop
+        process.terminate()  # DVC alone, which ends without a word to its stage
+        process.wait()
+        wait_until(lambda: awaits(kernel, signal.SIGTERM))
     said = process.communicate(timeout=120)[0]
     found = re.search(
         r"clmae: stopped by SIGTERM after step (\d+) of \d+, which is saved; run the same", said
