@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEARNING', 'IGNORABLE', 'objectives', 'Loss', 'Tally', 'Nets', 'Objective', 'Parts', 'check_parts', 'Hidden',
-           'Followed', 'Watched', 'Reconstruction', 'MaskedAutoencoding', 'Wishes', 'LearnedHiding', 'LearnedParts',
-           'Turns', 'take', 'make_estimator', 'scaled', 'refuse_unread', 'check_learning', 'HiddenByMasker', 'InTurns',
-           'Replaying', 'LearnedMasking', 'CurriculumLearnedMasking', 'View', 'view', 'preset', 'with_epochs',
-           'make_objective']
+           'Watched', 'ask_teacher', 'Outcome', 'reconstruct', 'teacher_term', 'terms_of', 'MaskedAutoencoding',
+           'Wishes', 'LearnedHiding', 'LearnedParts', 'Turns', 'take', 'make_estimator', 'scaled', 'groups_of',
+           'refuse_unread', 'check_learning', 'decisions', 'Replay', 'SecondPass', 'masker_loss', 'LearnedMasking',
+           'CurriculumLearnedMasking', 'View', 'view', 'preset', 'with_epochs', 'make_objective']
 
 # %% ../nbs/10_objectives.ipynb #5d6406c6
 from collections.abc import Callable
@@ -146,6 +146,10 @@ class Parts:
                 f"consistency={self.consistency}, weight={self.weight}"
             )
 
+    def term(self, views: Tensor, hidden: Tensor, count: int) -> Tensor:
+        """Disagreement of predictions (K·b, n, p²c), K = `count`, where `hidden` (K·b, n) is from two."""
+        return consistency(views, hidden, count, disagreements[self.consistency])
+
 # %% ../nbs/10_objectives.ipynb #1dff1d68
 def check_parts(parts: int, agreeing: Parts, hiding: Hiding) -> None:
     """ValueError where several parts cannot be compared, or their number is not one."""
@@ -183,9 +187,12 @@ class Hidden(Objective):
             return self.hiding.propose(tokens, pos, draw)
         return self.hiding.parts(tokens, pos, draw, self.parts)
 
-# %% ../nbs/10_objectives.ipynb #d739a901
-class Followed(Hidden):
-    """The same, and an EMA teacher may follow."""
+    def after_step(self, pos: float) -> None:
+        self.hiding.after_step(pos)
+
+# %% ../nbs/10_objectives.ipynb #dc45b2d0
+class Watched(Hidden):
+    """The same, and an EMA teacher may watch."""
 
     excess = False  # whether hiding learns from the error beyond the teacher's
 
@@ -193,11 +200,11 @@ class Followed(Hidden):
         super().__init__(*hidden)
         self.watching = Watching(**(teacher or {}))
         self.teacher = None if teacher is None else Teacher(self.mae)
-        self.momentum: Schedule | None = None if teacher is None else self.watching.schedule()
+        self.momentum = self.teacher and self.watching.schedule()
 
     @property
     def autoencoder(self) -> MAE:
-        """What is kept: the teacher's networks where there is one."""
+        """The networks that are kept: the teacher's where there is one."""
         return self.teacher.mae if self.teacher else self.mae
 
     @property
@@ -205,49 +212,70 @@ class Followed(Hidden):
         return self.autoencoder.encoder
 
     def after_step(self, pos: float) -> None:
-        self.hiding.after_step(pos)
+        super().after_step(pos)
         if self.teacher:
             self.teacher.follow(self.mae, self.momentum(pos))
 
-# %% ../nbs/10_objectives.ipynb #dc45b2d0
-class Watched(Followed):
-    """The same, and the teacher says what it would predict."""
+# %% ../nbs/10_objectives.ipynb #eace00e7
+def ask_teacher(objective: Watched, images: Tensor, mask: Mask, pos: float, draw: Draw) -> Prediction | None:
+    """What the teacher says, seeing what the student sees or another draw; None if it isn't asked."""
+    watching = objective.watching
+    if objective.teacher is None or not (watching.weight or objective.excess):
+        return None
+    other = lambda tokens: objective.choose(tokens, pos, draw.fork(1))  # noqa: E731
+    choose = other if watching.mask == "different" else lambda tokens: mask
+    return objective.teacher.predict(images, choose)
 
-    def taught(self, images: Tensor, mask: Mask, pos: float, draw: Draw) -> Prediction | None:
-        """What the teacher says, seeing what the student sees or another draw; None if it isn't asked."""
-        if self.teacher is None or not (self.watching.weight or self.excess):
-            return None
-        same = self.watching.mask == "same"
-        return self.teacher.predict(
-            images, lambda tokens: mask if same else self.choose(tokens, pos, draw.fork(1))
-        )
+# %% ../nbs/10_objectives.ipynb #7b30a947
+class Outcome(NamedTuple):
+    """What one pass over b images in K parts has shown: (K·b, n) each, `views` and `taught` (K·b, n, p²c).
 
-# %% ../nbs/10_objectives.ipynb #1a74fc11
-class Reconstruction(Watched):
-    """The same, and what its predictions cost: the terms of the loss."""
+    `views`: the student's predictions, `error` theirs at each patch, `hidden` from it. `taught`: the
+    teacher's predictions, or None. `unseen`: by neither. `seen`: what whoever hides may learn from.
+    """
 
-    def terms(
-        self, error: Tensor, hidden: Tensor, views: Tensor, taught: Tensor | None, both: Tensor
-    ) -> dict:
-        """Name → (weight, term): reconstruction, and what parts and teacher add."""
-        terms = {"reconstruction": (1.0, hidden_mean(error, hidden))}
-        if self.parts > 2 and self.agreeing.weight:
-            distance = disagreements[self.agreeing.consistency]
-            terms["consistency"] = self.agreeing.weight, consistency(views, hidden, self.parts, distance)
-        if taught is not None and self.watching.weight:
-            distance = patch_error(views, taught.to(views.dtype))
-            if self.watching.mask == "different":  # images then count by what both miss: a ratio of sums
-                distance, both = self.world.together(distance), self.world.together(both)
-            terms["teacher"] = self.watching.weight, hidden_mean(distance, both)
-        return terms
+    views: Tensor
+    error: Tensor
+    hidden: Tensor
+    taught: Tensor | None
+    unseen: Tensor
+    seen: Seen
 
-    def learn_from(self, tokens: Tensor, hidden: Tensor, error: Tensor, draw: Draw) -> None:
-        """Hand what this (micro-)batch has shown to whoever hides: errors (K·b, n), detached."""
-        if self.hiding.learns:
-            self.hiding.learn(self.world.together(error), self.world.together(hidden))
+# %% ../nbs/10_objectives.ipynb #1ad44ab2
+def reconstruct(objective: Watched, images: Tensor, pos: float, draw: Draw) -> Outcome:
+    """One pass of the MAE over images (b, c, h, w), and what its teacher makes of them."""
+    read = []  # the tokens that whoever hides has read
+    choose = lambda tokens: objective.choose(read.append(tokens) or tokens, pos, draw)  # noqa: E731
+    said, target = objective.calls["mae"](images, choose), objective.target(images)
+    taught = ask_teacher(objective, images, said.mask, pos, draw)
+    views, target = said.patches.to(target.dtype), target.repeat(objective.parts, 1, 1)
+    hidden, error = said.mask.hidden.to(target.dtype), patch_error(views, target)
+    unseen = hidden * taught.mask.hidden if taught else hidden
+    beyond = patch_error(taught.patches, target) if objective.excess else 0.0
+    seen = Seen(read[0], unseen if objective.excess else hidden, (error - beyond).detach())
+    return Outcome(views, error, hidden, taught and taught.patches, unseen, seen)
+
+# %% ../nbs/10_objectives.ipynb #8b754a66
+def teacher_term(outcome: Outcome, watching: Watching, world: World) -> Tensor:
+    """Mean distance between what student and teacher say of the patches that neither sees."""
+    distance, unseen = patch_error(outcome.views, outcome.taught.to(outcome.views.dtype)), outcome.unseen
+    if watching.mask == "different":  # images then count by what both miss: a ratio of sums
+        distance, unseen = world.together(distance), world.together(unseen)
+    return hidden_mean(distance, unseen)
+
+# %% ../nbs/10_objectives.ipynb #043ce381
+def terms_of(objective: Watched, outcome: Outcome) -> dict[str, tuple[float, Tensor]]:
+    """Name → (weight, term): reconstruction, and what parts and teacher add."""
+    parts, watching, hidden = objective.agreeing, objective.watching, outcome.hidden
+    terms = {"reconstruction": (1.0, hidden_mean(outcome.error, hidden))}
+    if objective.parts > 2 and parts.weight:
+        terms["consistency"] = parts.weight, parts.term(outcome.views, hidden, objective.parts)
+    if outcome.taught is not None and watching.weight:
+        terms["teacher"] = watching.weight, teacher_term(outcome, watching, objective.world)
+    return terms
 
 # %% ../nbs/10_objectives.ipynb #b82a3ad6
-class MaskedAutoencoding(Reconstruction):
+class MaskedAutoencoding(Watched):
     """Reconstruct what is hidden: MAE (arXiv 2111.06377).
 
     In K parts EMAE (arXiv 2302.14431), with a teacher RC-MAE (arXiv 2210.02077).
@@ -262,18 +290,16 @@ class MaskedAutoencoding(Reconstruction):
         super().__init__(mae, mask, mask_ratio, norm_pix, parts, teacher=teacher)
 
     def loss(self, phase: str, images: Tensor, pos: float, draw: Draw) -> Loss:
-        read = []  # the tokens that whoever hides has read
-        choose = lambda tokens: self.choose(read.append(tokens) or tokens, pos, draw)  # noqa: E731
-        prediction, target = self.calls["mae"](images, choose), self.target(images)
-        taught = self.taught(images, prediction.mask, pos, draw)
-        views, target = prediction.patches.to(target.dtype), target.repeat(self.parts, 1, 1)
-        hidden, error = prediction.mask.hidden.to(target.dtype), patch_error(views, target)
-        both = hidden * taught.mask.hidden if taught else hidden  # what neither student nor teacher sees
-        beyond = patch_error(taught.patches, target) if self.excess else 0.0
-        self.learn_from(read[0], both if self.excess else hidden, (error - beyond).detach(), draw)
-        terms = self.terms(error, hidden, views, taught and taught.patches, both)
+        outcome = reconstruct(self, images, pos, draw)
+        self.learn_from(outcome.seen, draw)
+        terms = terms_of(self, outcome)
         total = sum(weight * term for weight, term in terms.values())
         return Loss(total, {name: term.detach() for name, (_, term) in terms.items()})
+
+    def learn_from(self, seen: Seen, draw: Draw) -> None:
+        """Hand what a pass over this (micro-)batch has shown to whoever hides."""
+        if self.hiding.learns:
+            self.hiding.learn(self.world.together(seen.error), self.world.together(seen.hidden))
 
 # %% ../nbs/10_objectives.ipynb #6c07a4a8
 @dataclass
@@ -286,6 +312,10 @@ class Wishes(Hiding):
     factor: Schedule
     temperature: Schedule
     share: Schedule
+
+    def chancy(self) -> bool:
+        """Whether chance has a part in it."""
+        return any(self.temperature(pos) or self.share(pos) < 1 for pos in (0.0, 1.0))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -403,6 +433,16 @@ def scaled(curriculum: dict | None, amplitude: float) -> Schedule:
     factor = make_curriculum(**{"name": "linear", **(curriculum or {})})
     return lambda pos: amplitude * factor(pos)
 
+# %% ../nbs/10_objectives.ipynb #97967741
+def groups_of(grouping: str, parts: int) -> int:
+    """How many wishes a masker has for each patch: one for every part (`assign`), or one (`deal`).
+
+    ValueError for `deal` without parts.
+    """
+    if grouping == "deal" and parts == 1:
+        raise ValueError("grouping: there is one part, nothing to deal; leave it out, or add parts: {}")
+    return parts if grouping == "assign" else 1
+
 # %% ../nbs/10_objectives.ipynb #12b3a7a2
 IGNORABLE = {
     "relaxation": "attend", "reconstruction": "per_image", "kl": "mean", "diversity": "scaled",
@@ -423,45 +463,89 @@ def refuse_unread(estimator: Estimator, **settings) -> None:
             )
 
 # %% ../nbs/10_objectives.ipynb #116d0307
-def check_learning(objective: Watched, masker: Masker, estimator: Estimator, chance: bool) -> None:
-    """ValueError for settings of learned hiding that can't go together; `chance`: whether it has any."""
+def check_learning(objective: Watched, masker: Masker, estimator: Estimator, turns: Turns, chancy: bool):
+    """ValueError for settings of learned hiding that can't go together; `chancy`: whether it has chance."""
     if objective.excess and not objective.teacher:
         raise ValueError("excess: the error minus the teacher's needs a teacher; add teacher: {}")
-    if isinstance(estimator, Policy) and not chance:
+    if isinstance(estimator, Policy) and not chancy:
         raise ValueError("estimator policy: learns from chance; give it a temperature, or a share below 1")
-    if objective.teacher and objective.watching.mask == "different" and not chance:
+    if objective.teacher and objective.watching.mask == "different" and not chancy:
         raise ValueError("teacher.mask: a masker without chance has no different mask; give it a temperature")
     if masker.reach and not estimator.predicts:
         raise ValueError(
             "masker.reach: only estimator rank learns what a visible neighbour does; set it to 0"
         )
+    if turns != Turns() and not estimator.learns:
+        raise ValueError("masker.every, masker.fraction: estimator frozen takes no turns; leave them out")
 
-# %% ../nbs/10_objectives.ipynb #39ee65a4
-class HiddenByMasker(MaskedAutoencoding):
-    """An MAE whose patches a masker hides; nobody teaches it yet."""
+# %% ../nbs/10_objectives.ipynb #793020d3
+def decisions(score: Tensor) -> dict[str, Tensor]:
+    """How much scores (b, n) hide, and how decided they are."""
+    return {"hidden_share": 1 - score.mean(), "decided": ((score - 0.5).abs() > 0.4).double().mean()}
 
-    def make_masker(self, groups: int, sizes: dict, temperature: Schedule, share: Schedule) -> None:
-        """The masker, a net of its own, and the hiding that it does.
+# %% ../nbs/10_objectives.ipynb #6e5585a7
+class Replay:
+    """Lessons from what the MAE's phase has seen of the same images."""
 
-        ValueError for settings that can't go together.
-        """
-        self.masker = Masker(self.mae.encoder.grid, self.mae.encoder.width, groups, **sizes)
-        self.nets["masker"] = self.calls["masker"] = self.masker
-        prefers, factor = self.estimator.preference, lambda pos: self.factor(pos)
-        self.hiding = LearnedParts(self.masker, self.mask_ratio, prefers, factor, temperature, share)
-        chance = temperature(0.0) or temperature(1.0) or share(0.0) < 1 or share(1.0) < 1
-        check_learning(self, self.masker, self.estimator, bool(chance))
+    def __init__(self):
+        self.seen: dict[Draw, Seen] = {}
+        self.note, self.forget = self.seen.__setitem__, self.seen.clear
 
-    def scores(self, tokens: Tensor, pos: float) -> Tensor:
-        return as_scores(self.hiding.wish(tokens, pos))[: len(tokens)]
+    def terms(
+        self, objective: "LearnedMasking", images: Tensor, m: int, pos: float, draw: Draw,
+        whole: Callable[[Tensor], Tensor] = as_it_is,
+    ) -> Terms:  # fmt: skip
+        """Terms for the first m images; `whole` brings their numbers together with the other processes'."""
+        if draw not in self.seen:
+            with torch.no_grad():
+                objective.loss("mae", images, pos, draw)
+        seen, factor = self.seen.pop(draw).first(m), objective.factor(pos)
+        logits = whole(objective.calls["masker"](seen.tokens, 1 - seen.hidden).to(seen.error.dtype))
+        score = as_scores(objective.estimator.preference(logits.detach(), factor))
+        objective.tally.add(**decisions(score))
+        seen = seen._replace(hidden=whole(seen.hidden), error=whole(seen.error))
+        return objective.estimator.loss(logits, factor, seen)
 
-    def watch(self, score: Tensor) -> None:
-        """Note how much the scores hide, and how decided they are."""
-        self.tally.add(hidden_share=1 - score.mean(), decided=((score - 0.5).abs() > 0.4).double().mean())
+# %% ../nbs/10_objectives.ipynb #fc21e157
+class SecondPass:
+    """Lessons from predicting once more, through a soft mask."""
 
-# %% ../nbs/10_objectives.ipynb #ff803f44
-class InTurns(HiddenByMasker):
-    """The same with a phase for the masker at some steps, on some of the images."""
+    def note(self, draw: Draw, seen: Seen) -> None:
+        """Nothing of the first pass is needed."""
+
+    def forget(self) -> None:
+        """Nothing was noted."""
+
+    def terms(
+        self, objective: "LearnedMasking", images: Tensor, m: int, pos: float, draw: Draw,
+        whole: Callable[[Tensor], Tensor] = as_it_is,
+    ) -> Terms:  # fmt: skip
+        """Terms for the first m images; `whole` brings their numbers together with the other processes'."""
+        with torch.no_grad():
+            tokens = objective.mae.encoder.embed(images[:m])
+        target = objective.target(images[:m])
+        logits = objective.calls["masker"](tokens).to(target.dtype)
+        tokens = tokens.repeat(logits.shape[2] if logits.ndim == 3 else 1, 1, 1)
+        objective.tally.add(**decisions(as_scores(whole(logits.detach()))))
+        predict = partial(call_detached, objective.mae, objective.relax, tokens)
+        return objective.estimator.loss(logits, objective.factor(pos), predict, target, whole)
+
+# %% ../nbs/10_objectives.ipynb #000bc209
+def masker_loss(objective: "LearnedMasking", images: Tensor, pos: float, draw: Draw) -> Loss:
+    """The loss of the masker's phase."""
+    b, world, turns = len(images), objective.world, objective.turns
+    m, _ = turns.of_slice(b, draw)
+    wanted, weight = turns.of_slice(*world.whole(b, draw))
+    whole = partial(first_rows, world, own=m, b=b, wanted=wanted)
+    terms, hiding = objective.lessons.terms(objective, images, m, pos, draw, whole), objective.hiding
+    now = {"temperature": hiding.temperature(pos), "share": hiding.share(pos)}
+    objective.tally.add(factor=objective.factor(pos), **now)
+    parts = {name: weight * term.detach() for name, term in terms.parts.items()}
+    return Loss(weight * terms.total(), parts)
+
+# %% ../nbs/10_objectives.ipynb #7c55b904
+class LearnedMasking(MaskedAutoencoding):
+    """An MAE whose patches a masker hides, and at some steps a phase of its own for the masker."""
 
     def phases(self, step: int) -> tuple[str, ...]:
         learns = self.estimator.learns and step % self.turns.every == 0
@@ -473,69 +557,21 @@ class InTurns(HiddenByMasker):
     def before_step(self, step: int) -> None:
         self.turn = "masker" in self.phases(step)
 
-# %% ../nbs/10_objectives.ipynb #17513cad
-class Replaying(InTurns):
-    """The same, and what the MAE's phase sees is kept for the masker's, if there will be one."""
+    def scores(self, tokens: Tensor, pos: float) -> Tensor:
+        return as_scores(self.hiding.wish(tokens, pos))[: len(tokens)]
 
-    def learn_from(self, tokens: Tensor, hidden: Tensor, error: Tensor, draw: Draw) -> None:
-        if self.turn and self.estimator.replays and self.estimator.learns:
-            self.seen[draw] = Seen(tokens, hidden, error)
-
-    def after_step(self, pos: float) -> None:
-        self.seen.clear()
-        super().after_step(pos)
-
-    def replay(
-        self, images: Tensor, m: int, pos: float, draw: Draw, whole: Callable[[Tensor], Tensor] = as_it_is
-    ) -> Terms:
-        """Terms of an estimator that learns from what the MAE's phase has seen of the first m images.
-
-        `whole` brings numbers of these images together with those of the other processes.
-        """
-        if draw not in self.seen:
-            with torch.no_grad():
-                super().loss("mae", images, pos, draw)
-        seen = self.seen.pop(draw).first(m)
-        logits = whole(self.calls["masker"](seen.tokens, 1 - seen.hidden).to(seen.error.dtype))
-        self.watch(as_scores(self.estimator.preference(logits.detach(), self.factor(pos))))
-        seen = seen._replace(hidden=whole(seen.hidden), error=whole(seen.error))
-        return self.estimator.loss(logits, self.factor(pos), seen)
-
-# %% ../nbs/10_objectives.ipynb #7c55b904
-class LearnedMasking(Replaying):
-    """The same with the masker's loss, from what was seen or from a second, soft pass."""
-
-    def learners(self, b: int, draw: Draw) -> tuple[int, Callable[[Tensor], Tensor], float]:
-        """How many of b images the masker learns from, and what their micro-batch's mean weighs.
-
-        In between what brings their numbers together with those of the other processes.
-        """
-        m, _ = self.turns.of_slice(b, draw)
-        wanted, share = self.turns.of_slice(*self.world.whole(b, draw))
-        return m, partial(first_rows, self.world, own=m, b=b, wanted=wanted), share
-
-    def second_pass(self, images: Tensor, m: int, pos: float, draw: Draw, whole: Callable) -> Terms:
-        """Terms of an estimator that predicts once more, through a soft mask, on the first m images."""
-        with torch.no_grad():
-            tokens = self.mae.encoder.embed(images[:m])
-        target = self.target(images[:m])
-        logits = self.calls["masker"](tokens).to(target.dtype)
-        tokens = tokens.repeat(logits.shape[2] if logits.ndim == 3 else 1, 1, 1)
-        self.watch(as_scores(whole(logits.detach())))
-        predict = partial(call_detached, self.mae, self.relax, tokens)
-        return self.estimator.loss(logits, self.factor(pos), predict, target, whole)
+    def learn_from(self, seen: Seen, draw: Draw) -> None:
+        if self.turn:
+            self.lessons.note(draw, seen)
 
     def loss(self, phase: str, images: Tensor, pos: float, draw: Draw) -> Loss:
-        if phase == "mae":
-            return super().loss(phase, images, pos, draw)
-        m, whole, share = self.learners(len(images), draw)
-        learn = self.replay if self.estimator.replays else self.second_pass
-        terms, hiding = learn(images, m, pos, draw, whole), self.hiding
-        now = {"temperature": hiding.temperature(pos), "share": hiding.share(pos)}
-        self.tally.add(factor=self.factor(pos), **now)
-        return Loss(
-            share * terms.total(), {name: share * term.detach() for name, term in terms.parts.items()}
-        )
+        if phase == "masker":
+            return masker_loss(self, images, pos, draw)
+        return super().loss(phase, images, pos, draw)
+
+    def after_step(self, pos: float) -> None:
+        self.lessons.forget()
+        super().after_step(pos)
 
 # %% ../nbs/10_objectives.ipynb #bf5a8055
 class CurriculumLearnedMasking(LearnedMasking):
@@ -554,15 +590,18 @@ class CurriculumLearnedMasking(LearnedMasking):
         super().__init__(mae, mask_ratio=mask_ratio, norm_pix=norm_pix, parts=parts, teacher=teacher)
         turns, sizes = take(masker, "every", "fraction")
         self.turns, self.excess, self.relax = Turns(**turns), excess, relaxations[relaxation]
-        self.weights, self.amplitude = term_weights(**(weights or {})), amplitude
-        shape = Shape(mask_ratio, kl, diversity, self.weights)
+        shape = Shape(mask_ratio, kl, diversity, term_weights(**(weights or {})))
         self.estimator = make_estimator(estimator, shape, reconstruction)
-        self.factor, self.seen, self.turn = scaled(curriculum, amplitude), {}, True
-        groups = self.parts if grouping == "assign" else 1
-        self.make_masker(groups, sizes, amount(temperature), amount(share, most=1))
+        self.lessons, self.turn = Replay() if self.estimator.replays else SecondPass(), self.estimator.learns
+        self.factor = scaled(curriculum, amplitude)
+        self.masker = Masker(mae.encoder.grid, mae.encoder.width, groups_of(grouping, self.parts), **sizes)
+        self.nets["masker"] = self.calls["masker"] = self.masker
+        prefers, chance = self.estimator.preference, (amount(temperature), amount(share, most=1))
+        self.hiding = LearnedParts(self.masker, mask_ratio, prefers, lambda pos: self.factor(pos), *chance)
+        check_learning(self, self.masker, self.estimator, self.turns, self.hiding.chancy())
         refuse_unread(
             self.estimator, excess=excess, relaxation=relaxation, reconstruction=reconstruction, kl=kl,
-            diversity=diversity, weights=self.weights,
+            diversity=diversity, weights=shape.weights,
         )  # fmt: skip
 
 # %% ../nbs/10_objectives.ipynb #e23ce71e

@@ -6,8 +6,8 @@
 __all__ = ['PROBES', 'COSTS', 'EMPTY', 'WAYS', 'TONES', 'NAMED', 'row', 'table_of', 'differences', 'Interval', 'interval', 'holm',
            'outcome', 'family_of', 'compare', 'points', 'sure', 'sentence', 'noise', 'pilot', 'overall', 'given_up',
            'conclusions', 'draw_pair', 'draw_column', 'draw_forest', 'curves_of', 'draw_ends', 'draw_operations',
-           'draw_gaps', 'health_table', 'milestones', 'arrival', 'mean_sd', 'line', 'results_table', 'still', 'number',
-           'cost', 'as_plain', 'summary', 'pictures', 'read_out']
+           'draw_gaps', 'health_table', 'milestones', 'arrival', 'mean_sd', 'table_row', 'results_table', 'number',
+           'cost', 'still', 'as_plain', 'summary', 'pictures', 'read_out']
 
 # %% ../nbs/21_readout.ipynb #5d6406c6
 from collections.abc import Iterator
@@ -386,8 +386,8 @@ def mean_sd(values: pd.Series) -> str:
         return "–"
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
-# %% ../nbs/21_readout.ipynb #19f5c7d5
-def line(arm: str, runs: pd.DataFrame, base: float, records: dict, budget: str) -> dict:
+# %% ../nbs/21_readout.ipynb #591e5039
+def table_row(arm: str, runs: pd.DataFrame, base: float, records: dict, budget: str) -> dict:
     """One row of the table: an arm's runs of a budget; `base` is MAE's processor time."""
     cpu = pd.to_numeric(runs["cpu"]).median()
     memory = pd.to_numeric(runs["memory"]).max() / 1e6
@@ -406,8 +406,18 @@ def results_table(records: dict, budget: str = "flops") -> pd.DataFrame:
     table = table[table["budget"] == budget]
     base = pd.to_numeric(table.loc[table["arm"] == "mae", "cpu"]).median()
     grouped = {name: table[table["arm"] == name] for name in arms}
-    rows = [line(name, runs, base, records, budget) for name, runs in grouped.items() if len(runs)]
+    rows = [table_row(name, runs, base, records, budget) for name, runs in grouped.items() if len(runs)]
     return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()
+
+# %% ../nbs/21_readout.ipynb #dcf3e25e
+def number(jobs: list) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{len(jobs)} run{'s' * (len(jobs) != 1)}"
+
+
+def cost(jobs: list, records: dict) -> str:
+    """What jobs will take, in words."""
+    return hours(sum(expected(job, records) for job in jobs))
 
 # %% ../nbs/21_readout.ipynb #d14a9827
 def still(records: dict) -> list[str]:
@@ -423,16 +433,6 @@ def still(records: dict) -> list[str]:
     if not left:
         return ["Nothing is missing."]
     return [*lines, f"In all: {number(left)}, about {cost(left, records)} of one core."]
-
-
-def number(jobs: list) -> str:
-    """`1 run`, `2 runs`."""
-    return f"{len(jobs)} run{'s' * (len(jobs) != 1)}"
-
-
-def cost(jobs: list, records: dict) -> str:
-    """What jobs will take, in words."""
-    return hours(sum(expected(job, records) for job in jobs))
 
 # %% ../nbs/21_readout.ipynb #95bce8ed
 def as_plain(frame: pd.DataFrame) -> dict:

@@ -10,7 +10,15 @@ from clmae.losses import hidden_mean, ratio_kl_mean, samenesses, soft_reconstruc
 from clmae.mae import build_mae
 from clmae.masker import attend, relaxations
 from clmae.masking import Draw
-from clmae.objectives import IGNORABLE, CurriculumLearnedMasking, Turns, make_objective, objectives, view
+from clmae.objectives import (
+    IGNORABLE,
+    CurriculumLearnedMasking,
+    Turns,
+    ask_teacher,
+    make_objective,
+    objectives,
+    view,
+)
 from clmae.patches import patchify
 from clmae.vit import checkpoint_activations
 
@@ -26,7 +34,7 @@ SHAPES = {
 
 def make(name, shape="square", seed=0, **settings_):
     torch.manual_seed(seed)
-    extra = {"masker": {"depth": 1, "heads": 2}} if "cl_" in name else {}
+    extra = {"masker": {"depth": 1, "heads": 2} | settings_.pop("masker", {})} if "cl_" in name else {}
     return make_objective(build_mae(*SHAPES[shape], **SMALL), name, **extra, **settings_)
 
 
@@ -210,7 +218,7 @@ def test_excess_is_the_error_beyond_the_teachers(excess):
     objective = make("cl_rc_mae", estimator="rank", excess=excess)
     images = images_for(objective)
     objective.loss("mae", images, 0.0, Draw(seed=(0,)))
-    (seen,) = objective.seen.values()
+    (seen,) = objective.lessons.seen.values()
     # the teacher is still the student: nothing exceeds its error
     assert (seen.error.abs().max() < 1e-6) == excess
 
@@ -218,6 +226,19 @@ def test_excess_is_the_error_beyond_the_teachers(excess):
 def test_excess_without_a_teacher_is_refused():
     with pytest.raises(ValueError, match="teacher"):
         make("cl_mae", excess=True)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"estimator": "frozen", "masker": {"every": 2}}, "takes no turns"),
+        ({"estimator": "frozen", "masker": {"fraction": 0.5}}, "takes no turns"),
+        ({"grouping": "deal"}, "one part, nothing to deal"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        make("cl_mae", **settings)
 
 
 def test_what_may_be_left_alone_is_the_default():
@@ -232,8 +253,8 @@ def test_what_may_be_left_alone_is_the_default():
 @pytest.mark.parametrize("estimator", ["rank", "policy", "frozen", "soft"])
 def test_nothing_is_kept_for_a_turn_that_does_not_come(estimator):
     torch.manual_seed(0)
-    masker = {"depth": 1, "heads": 2, "every": 2}
-    settings = {"estimator": estimator, "temperature": 1.0, "masker": masker}
+    turns = {"every": 2} if estimator != "frozen" else {}
+    settings = {"estimator": estimator, "temperature": 1.0, "masker": {"depth": 1, "heads": 2, **turns}}
     objective = make_objective(build_mae(*SHAPES["square"], **SMALL), "cl_mae", **settings)
     for step, kept in (
         (0, estimator in ("rank", "policy")),
@@ -242,7 +263,7 @@ def test_nothing_is_kept_for_a_turn_that_does_not_come(estimator):
     ):
         objective.before_step(step)
         objective.loss("mae", images_for(objective), 0.0, Draw(seed=(step,)))
-        assert bool(objective.seen) == kept
+        assert bool(getattr(objective.lessons, "seen", {})) == kept
         objective.after_step(0.0)
 
 
@@ -309,7 +330,7 @@ def test_a_teacher_with_another_mask_is_compared_where_neither_sees():
     objective = make("rc_mae", teacher={"mask": "different"})
     images, draw = images_for(objective), Draw(seed=(0,))
     mask = objective.choose(objective.mae.encoder.embed(images), 0.0, draw)
-    taught = objective.taught(images, mask, 0.0, draw)
+    taught = ask_teacher(objective, images, mask, 0.0, draw)
     assert not torch.equal(taught.mask.hidden, mask.hidden)
     both = mask.hidden * taught.mask.hidden
     said = objective.mae(images, lambda tokens: mask).patches

@@ -156,7 +156,7 @@ def test_cl_mae_phase_b_agrees(norm_pix, factor):
     objective.factor = lambda pos: factor
     key = f"clmae.norm_pix_{norm_pix}.masker_phase."
     loss = objective.loss("masker", images, 0.0, DRAW)
-    weights = {"reconstruction": 1.0, **objective.weights}
+    weights = {"reconstruction": 1.0, **objective.estimator.shape.weights}
     for name, term in zip(weights, reference(key + "terms")):
         assert distance(weights[name] * loss.parts[name], term) < (KL if name == "kl" else EXACT), name
     assert distance(loss.total, reference(key + f"lambda_{factor}.total")) < KL
@@ -170,7 +170,7 @@ def test_cl_mae_trajectory_agrees():
     """Two iterations of phase A then B with plain SGD: order of updates, both losses, all weights after."""
     objective = released_cl_mae(norm_pix=True)
     optimizers = {name: torch.optim.SGD(net.parameters(), lr=0.05) for name, net in objective.nets.items()}
-    weights = {"reconstruction": 1.0, **objective.weights}
+    weights = {"reconstruction": 1.0, **objective.estimator.shape.weights}
     for row, factor in zip(reference("clmae.trajectory.losses"), [0.3, -0.3]):
         objective.factor = lambda pos, factor=factor: factor
         seen = []
