@@ -7,11 +7,11 @@ __all__ = ['EXTENSIONS', 'FOREIGN', 'SPLITS', 'MODES', 'LAB', 'SRGB', 'DataError
            'walk', 'wrapping', 'by_split', 'check_splits', 'folder_part', 'folder_source', 'class_names',
            'parquet_errors', 'open_parquet', 'rows', 'raw_labels', 'named_labels', 'parquet_splits', 'parquet_part',
            'class_order', 'parquet_source', 'find_source', 'Bad', 'open_still', 'sixteen', 'eight_bit', 'coloured',
-           'fit', 'upright', 'reason', 'decode', 'split_off', 'assign', 'NpyWriter', 'in_order', 'Looked', 'sums_of',
-           'look', 'printable', 'Tally', 'moments', 'repeated', 'check_tally', 'pack', 'split_facts', 'describe',
-           'origin', 'write_manifest', 'check_request', 'cores', 'prepare', 'store_arrays', 'Store', 'normalise',
-           'largest', 'draw_crops', 'places', 'augment', 'available_memory', 'fits', 'to_device', 'Resident',
-           'Streamed', 'Plan', 'Supply', 'TrainBatches', 'eval_batches']
+           'fit', 'upright', 'plain', 'reason', 'decode', 'split_off', 'assign', 'NpyWriter', 'in_order', 'Looked',
+           'sums_of', 'look', 'printable', 'Tally', 'moments', 'repeated', 'check_tally', 'pack', 'split_facts',
+           'describe', 'origin', 'write_manifest', 'check_request', 'cores', 'prepare', 'store_arrays', 'Store',
+           'normalise', 'largest', 'draw_crops', 'places', 'augment', 'available_memory', 'fits', 'to_device',
+           'Resident', 'Streamed', 'Order', 'Plan', 'Supply', 'TrainBatches', 'eval_batches']
 
 # %% ../nbs/02_data.ipynb #5d6406c6
 import json
@@ -356,6 +356,13 @@ def upright(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)
     return image
 
+# %% ../nbs/02_data.ipynb #ec274b9c
+def plain(image: Image.Image, channels: int) -> tuple[Image.Image, str]:
+    """The opened image upright, 8 bits a channel, in gray, RGB or RGBA, and a note on what was lost."""
+    deep = sixteen(image)
+    image, note = eight_bit(upright(image), deep)
+    return coloured(image, channels), note
+
 # %% ../nbs/02_data.ipynb #88651ed2
 def reason(error: Exception) -> str:
     """One line, the same in every run, for what a decoder raised."""
@@ -376,9 +383,8 @@ def decode(data: bytes, size, channels=3, min_size=1) -> tuple[np.ndarray, str]:
         if min(image.size) < min_size:
             raise Bad(f"{image.height} × {image.width} px, below the smallest side of {min_size}")
         image.draft(None, (2 * max(size), 2 * max(size)))
-        deep = sixteen(image)
-        image, note = eight_bit(upright(image), deep)
-        image = fit(coloured(image, channels), size)
+        image, note = plain(image, channels)
+        image = fit(image, size)
     except Exception as error:
         raise Bad(reason(error)) from None
     return np.ascontiguousarray(np.asarray(image).reshape(*size, channels).transpose(2, 0, 1)), note
@@ -609,18 +615,9 @@ def cores() -> int:
 
 # %% ../nbs/02_data.ipynb #e67f9e48
 def prepare(
-    source_root,
-    out,
-    *,
-    image_size,
-    channels=3,
-    validation=1 / 6,
-    max_bad=0.01,
-    min_size=8,
-    seed=0,
-    progress=None,
-    threads=None,
-) -> dict:
+    source_root, out, *, image_size, channels=3, validation=1 / 6, max_bad=0.01, min_size=8, seed=0,
+    progress=None, threads=None,
+) -> dict:  # fmt: skip
     """Decode the images below `source_root` into a store in `out`, whole or not at all; returns its manifest.
 
     `image_size` (h, w) px; `validation` share split off from train, as much for test where there is none;
@@ -803,14 +800,15 @@ class Streamed:
         if key not in self.ahead:
             self.ahead[key] = self.pool.submit(self.read, index)
 
-# %% ../nbs/02_data.ipynb #f637bf66
-class Plan:
-    """Which images, boxes and mirrors make the global batch of a step; pure functions of (seed, step)."""
+# %% ../nbs/02_data.ipynb #59ef69c8
+class Order:
+    """Which of n images make the global batch of a step: a pure function of (seed, step)."""
 
-    def __init__(self, n, batch_size, size, seed, scale, ratio, flip):
-        self.n, self.batch_size, self.size, self.seed = n, min(batch_size, n), tuple(size), seed
+    def __init__(self, n: int, batch_size: int, seed: int):
+        self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
         self.steps_per_epoch, self.order = n // self.batch_size, {}
-        self.scale, self.ratio, self.flip = scale, ratio, flip
+        note = f"batch_size {batch_size} is more than the {n} images; every batch holds them all"
+        self.note = note if batch_size > n else None
 
     def drawn(self, epoch: int) -> np.ndarray:
         """The order (n,) of an epoch."""
@@ -827,6 +825,14 @@ class Plan:
         """The images (b,) of a step."""
         epoch, place = divmod(step, self.steps_per_epoch)
         return self.permutation(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+
+# %% ../nbs/02_data.ipynb #f637bf66
+class Plan(Order):
+    """The images of a step, and their boxes and mirrors: pure functions of (seed, step)."""
+
+    def __init__(self, n, batch_size, size, seed, scale, ratio, flip):
+        super().__init__(n, batch_size, seed)
+        self.size, self.scale, self.ratio, self.flip = tuple(size), scale, ratio, flip
 
     def draws(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The boxes (b, 4) and mirrors (b,) of a step."""
@@ -856,8 +862,6 @@ class Supply(Plan):
     ):
         size = store.images.shape[2:]
         super().__init__(len(store), batch_size, size, seed, crop_scale, crop_ratio, flip)
-        note = f"batch_size {batch_size} is more than the {self.n} images; every batch holds them all"
-        self.note = note if batch_size > self.n else None
         self.device = torch.device(device)
         self.mean, self.std = (torch.tensor(m, device=self.device) for m in (store.mean, store.std))
         self.resident = fits(store.images.nbytes, self.device, resident)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['maskings', 'hidings', 'Mask', 'keep_count', 'mask_from_order', 'keep_lowest', 'keep_highest', 'rule', 'uniform',
            'random', 'coordinates', 'check_grid', 'away', 'block', 'inverse_block', 'dither', 'lattice', 'smoothing',
-           'noise', 'part_count', 'split', 'Rows', 'Draw', 'Hiding', 'RuleHiding', 'straight', 'GrowingRatio', 'cells',
-           'GrowingBlock', 'StepMean', 'Difficulty', 'highest_last', 'Hard', 'by_rule', 'make_hiding']
+           'noise', 'part_count', 'split', 'Rows', 'Draw', 'Told', 'Hiding', 'RuleHiding', 'straight', 'GrowingRatio',
+           'cells', 'GrowingBlock', 'StepMean', 'Difficulty', 'highest_last', 'check_shares', 'Hard', 'by_rule',
+           'make_hiding']
 
 # %% ../nbs/04_masking.ipynb #5d6406c6
 import functools
@@ -279,15 +280,23 @@ class Draw(Rows):
         u = self.uniform(b, *shape)
         return -torch.log(-torch.log(u.clamp_min(torch.finfo(u.dtype).tiny)))
 
-# %% ../nbs/04_masking.ipynb #a9fe2eb9
-class Hiding:
-    """What an objective asks which patches to hide.
+# %% ../nbs/04_masking.ipynb #028629f1
+class Told:
+    """What an objective tells of the masks it was given; who listens overrides these and sets `learns`."""
 
-    A subclass needs `ratio` and `order`. One with a `learn` of its own says so by `learns`.
-    """
+    learns = False  # whether the errors of the whole batch must be brought together for it
+
+    def learn(self, error: Tensor, hidden: Tensor) -> None:
+        """See a micro-batch's errors (B, n), detached; they count where hidden (B, n) is 1."""
+
+    def after_step(self, pos: float) -> None:
+        """Once per optimizer step: what `learn` collected takes effect."""
+
+# %% ../nbs/04_masking.ipynb #a9fe2eb9
+class Hiding(Told):
+    """What an objective asks which patches to hide. A subclass needs `ratio` and `order`."""
 
     ratio: float
-    learns = False  # whether the errors of the whole batch must be brought together for it
 
     def order(self, tokens: Tensor, pos: float, draw: Draw) -> Tensor:
         """The patch ids (b, n) of tokens (b, n, d), those to keep first, on the tokens' device."""
@@ -304,12 +313,6 @@ class Hiding:
     def parts(self, tokens: Tensor, pos: float, draw: Draw, count: int) -> Mask:
         """`count` disjoint visible parts, a Mask of count·b rows, as `split` makes them."""
         return split(self.order(tokens, pos, draw), count)
-
-    def learn(self, error: Tensor, hidden: Tensor) -> None:
-        """See a micro-batch's errors (B, n), detached; they count where hidden (B, n) is 1."""
-
-    def after_step(self, pos: float) -> None:
-        """Once per optimizer step: what `learn` collected takes effect."""
 
 # %% ../nbs/04_masking.ipynb #82916e60
 class RuleHiding(Hiding):
@@ -432,6 +435,13 @@ def highest_last(order: Tensor, values: Tensor, count: int) -> Tensor:
     moved = torch.zeros_like(order).scatter_(1, top, 1)
     return order.gather(1, moved.argsort(dim=1, stable=True))
 
+# %% ../nbs/04_masking.ipynb #091a8683
+def check_shares(**values: float) -> None:
+    """ValueError for the first of the settings of hard masks that is no share."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} of hard masks is a share from 0 to 1, not {value}")
+
 # %% ../nbs/04_masking.ipynb #5cb07474
 class Hard(Difficulty, Hiding):
     """Hides where errors were large.
@@ -450,9 +460,7 @@ class Hard(Difficulty, Hiding):
         end: float = 0.5,
         momentum: float = 0.99,
     ):
-        for name, value in {"start": start, "end": end, "momentum": momentum}.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} of hard masks is a share from 0 to 1, not {value}")
+        check_shares(start=start, end=end, momentum=momentum)
         super().__init__(math.prod(grid), momentum)
         self.ratio, self.start, self.end = ratio, start, end
         self.hides = math.prod(grid) - keep_count(math.prod(grid), ratio)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'kept', 'member', 'Shard', 'deal', 'carried', 'fill', 'manifest_of', 'check_target', 'shard', 'library',
            'expand', 'cause', 'manifest_beside', 'read_manifest', 'name_in', 'counts_of', 'Chosen', 'images_of',
-           'persistent', 'leaving', 'ShardPlan', 'arriving', 'lane_steps', 'pump', 'Lane', 'ShardReader', 'Supply',
-           'ShardBatches', 'survey', 'open_shards']
+           'persistent', 'leaving', 'ShardPlan', 'arriving', 'lane_steps', 'pump', 'Lane', 'Decoded', 'ShardReader',
+           'Account', 'Supply', 'ShardBatches', 'survey', 'open_shards']
 
 # %% ../nbs/02_shards.ipynb #5d6406c6
 import json
@@ -30,56 +30,30 @@ from queue import Empty, Full, Queue
 import numpy as np
 import torch
 
-from . import files
+from . import data, files
 from .config import UserError
-from clmae.data import (
-    EXTENSIONS,
-    Bad,
-    DataError,
-    Looked,
-    Plan,
-    Source,
-    Tally,
-    TrainBatches,
-    assign,
-    check_tally,
-    coloured,
-    cores,
-    decode,
-    eight_bit,
-    find_source,
-    in_order,
-    look,
-    moments,
-    open_still,
-    origin,
-    reason,
-    sixteen,
-    to_device,
-    upright,
-)
+from .data import Bad, DataError, Looked, Plan, Source, Tally, TrainBatches
 
 # %% ../nbs/02_shards.ipynb #31483791
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
-def kept(data: bytes, channels: int = 3, quality: int | None = None) -> tuple[str, bytes]:
+def kept(encoded: bytes, channels: int = 3, quality: int | None = None) -> tuple[str, bytes]:
     """Suffix and bytes of an encoded image in a shard: its own for JPEG, PNG and WebP, else newly encoded."""
-    image = open_still(data)
+    image = data.open_still(encoded)
     if image.format in SUFFIXES:
-        return SUFFIXES[image.format], data
-    deep = sixteen(image)
-    image = coloured(eight_bit(upright(image), deep)[0], channels)
+        return SUFFIXES[image.format], encoded
+    image, _ = data.plain(image, channels)
     kind, how = ("PNG", {}) if quality is None or channels == 4 else ("JPEG", {"quality": quality})
     image.save(buffer := BytesIO(), kind, **how)
     return SUFFIXES[kind], buffer.getvalue()
 
 # %% ../nbs/02_shards.ipynb #3c33d8fd
-def member(name: str, data: bytes) -> bytes:
+def member(name: str, content: bytes) -> bytes:
     """A file as it lies in a tar archive: header, content, zeros up to a whole block; no time, no owner."""
     info = tarfile.TarInfo(name)
-    info.size = len(data)
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+    info.size = len(content)
+    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
 # %% ../nbs/02_shards.ipynb #9ce97076
 @dataclass
@@ -91,11 +65,12 @@ class Shard:
     size: int = 0
     digest: object = field(default_factory=new_hash)
 
-    def write(self, data: bytes):
+    def write(self, blocks: bytes):
+        """Append whole blocks."""
         with open(self.path, "ab") as file:
-            file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
+            file.write(blocks)
+        self.digest.update(blocks)
+        self.size += len(blocks)
 
     def add(self, key: str, suffix: str, image: bytes, label: int):
         """One sample; `label` < 0 means none."""
@@ -124,11 +99,11 @@ def deal(splits: np.ndarray, per_shard: int, seed: int) -> np.ndarray:
 def carried(fetch: Callable[[], bytes], quality: int | None, **how) -> tuple[Looked, str, bytes]:
     """An image on its way into a shard: what a look at it says, suffix and bytes (empty if it is bad)."""
     try:
-        data = fetch()
+        encoded = fetch()
     except OSError as error:
-        return Looked(None, reason(error)), "", b""
-    seen = look(lambda: data, **how)
-    return seen, *(("", b"") if seen.pixels is None else kept(data, how["channels"], quality))
+        return Looked(None, data.reason(error)), "", b""
+    seen = data.look(lambda: encoded, **how)
+    return seen, *(("", b"") if seen.pixels is None else kept(encoded, how["channels"], quality))
 
 # %% ../nbs/02_shards.ipynb #1546a542
 def fill(
@@ -139,20 +114,20 @@ def fill(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # decoders warn of odd headers, naming files of this machine
         for name, part in source.parts.items():
-            found = in_order(partial(carried, **how), part.blobs(), threads, window=8 * threads)
+            found = data.in_order(partial(carried, **how), part.blobs(), threads, window=8 * threads)
             places = deal(goes[name], per_shard, seed)
             rows = zip(part.names, goes[name], part.labels, places, found, strict=True)
-            for i, (file, split, label, shard, (seen, suffix, data)) in enumerate(rows):
+            for i, (file, split, label, shard, (seen, suffix, image)) in enumerate(rows):
                 tally.add(file, str(split), int(label), seen)
                 if seen.pixels is not None:
-                    shards.setdefault(shard, Shard(tmp / shard)).add(f"{i:09d}", suffix, data, int(label))
+                    shards.setdefault(shard, Shard(tmp / shard)).add(f"{i:09d}", suffix, image, int(label))
                 progress(tally.count, total)
     return {name: shards[name].close() for name in sorted(shards)}
 
 # %% ../nbs/02_shards.ipynb #a241b990
 def manifest_of(tally: Tally, shards: dict, classes: list[str]) -> dict:
     """What the manifest says of any shards: counts, classes, moments, what is unusable."""
-    mean, std = moments(tally)
+    mean, std = data.moments(tally)
     splits = {}
     for split, labels in tally.labels.items():
         counts = np.bincount([n for n in labels if n >= 0], minlength=len(classes)).tolist()
@@ -188,15 +163,15 @@ def shard(
     something else.
     """
     check_target(Path(out))
-    source, tally = find_source(source_root), Tally()
-    goes = assign(source, validation, seed, source_root)
+    source, tally = data.find_source(source_root), Tally()
+    goes = data.assign(source, validation, seed, source_root)
     how = {"size": tuple(image_size), "channels": channels, "min_size": min_size, "quality": quality}
     with files.fresh_dir(out) as tmp:
-        work = (per_shard, seed, threads or cores(), progress or (lambda *_: None))
+        work = (per_shard, seed, threads or data.cores(), progress or (lambda *_: None))
         shards = fill(source, goes, tmp, tally, *work, **how)
-        check_tally(tally, max_bad, source_root)
+        data.check_tally(tally, max_bad, source_root)
         settings = {**how, "per_shard": per_shard, "validation": validation, "seed": seed, "max_bad": max_bad}
-        manifest = manifest_of(tally, shards, source.classes) | origin(source, tally)
+        manifest = manifest_of(tally, shards, source.classes) | data.origin(source, tally)
         files.write_json(tmp / "manifest.json", manifest | {"settings": settings})
     return files.read_json(Path(out) / "manifest.json")
 
@@ -277,7 +252,7 @@ class Chosen:
         self.wanted, self.place = wanted, -1
 
     def __call__(self, name: str) -> bool:
-        image = f".{Path(name).name.partition('.')[2].lower()}" in EXTENSIONS
+        image = f".{Path(name).name.partition('.')[2].lower()}" in data.EXTENSIONS
         self.place += image
         return image and (self.wanted is None or self.place in self.wanted)
 
@@ -312,9 +287,9 @@ def persistent(url, wanted: set[int], count: int, retries: int, pause: float, gi
     left = set(wanted)
     for attempt in range(retries + 1):
         try:
-            for place, data in images_of(url, frozenset(left), count):
+            for place, encoded in images_of(url, frozenset(left), count):
                 left.discard(place)
-                yield place, data
+                yield place, encoded
             return
         except Exception as error:  # whatever a file system, a network or a command may raise
             why = cause(error)
@@ -371,9 +346,9 @@ def arriving(plan: ShardPlan, epoch: int, lane: int, wanted, fetch) -> Iterator[
         first = int(plan.first[shard])
         left = {i - first for i in range(first, first + int(plan.counts[shard])) if i in wanted}
         if left:  # a shard of which nothing is wanted is not even opened
-            for place, data in fetch(shard, frozenset(left)):
+            for place, encoded in fetch(shard, frozenset(left)):
                 left.discard(place)
-                yield first + place, data
+                yield first + place, encoded
         yield from ((first + place, None) for place in left)
 
 # %% ../nbs/02_shards.ipynb #abbcad9a
@@ -390,7 +365,7 @@ def lane_steps(plan: ShardPlan, lane: int, step: int, fetch) -> Iterator[list[by
                     held.update([next(coming)])
             yield [held[i] for i in row]
             left.subtract(row)
-            held = {i: data for i, data in held.items() if left[i]}
+            held = {i: encoded for i, encoded in held.items() if left[i]}
         step = (epoch + 1) * plan.steps_per_epoch
 
 # %% ../nbs/02_shards.ipynb #047bf0e4
@@ -439,28 +414,35 @@ class Lane:
     def __del__(self):
         self.stop.set()
 
-# %% ../nbs/02_shards.ipynb #73466332
-class ShardReader:
-    """Pixels of the rows of a plan; `fetch(shard, places)` yields encoded images."""
+# %% ../nbs/02_shards.ipynb #4cffe214
+class Decoded:
+    """Pixels of the rows of a plan; `unusable(image, why)` is told of what can't be decoded."""
 
-    def __init__(self, plan: ShardPlan, fetch, decode, unusable, workers: int, device):
-        self.plan, self.decode, self.unusable, self.device, self.ahead = plan, decode, unusable, device, {}
-        sources = [partial(lane_steps, plan, lane, fetch=fetch) for lane in range(plan.lanes)]
-        self.lanes = [Lane(lambda step, source=source: source(step)) for source in sources]
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="clmae-decode")
+    def __init__(self, plan: ShardPlan, decode: Callable, unusable: Callable[[int, str], None]):
+        self.plan, self.decode, self.unusable = plan, decode, unusable
 
     def image(self, step: int, lane: int, place: int, encoded: list) -> np.ndarray:
         """The pixels of a row, or of the next row of its lane that has any."""
         rows = len(encoded)
         for k in range(place, place + rows):
             try:
-                if (data := encoded[k % rows]) is not None:
-                    return self.decode(data)[0]
+                if (one := encoded[k % rows]) is not None:
+                    return self.decode(one)[0]
             except Bad as error:
                 self.unusable(int(self.plan.indices(step)[lane * rows + k % rows]), str(error))
         raise DataError(
             f"step {step}: none of the {rows} images of lane {lane} can be had; see the warnings before"
         )
+
+# %% ../nbs/02_shards.ipynb #73466332
+class ShardReader(Decoded):
+    """Rows on the device; `fetch(shard, places)` yields encoded images, and `workers` threads decode them."""
+
+    def __init__(self, plan: ShardPlan, fetch, decode, unusable, workers: int, device):
+        super().__init__(plan, decode, unusable)
+        self.device, self.ahead = device, {}
+        self.lanes = [Lane(partial(lane_steps, plan, lane, fetch=fetch)) for lane in range(plan.lanes)]
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="clmae-decode")
 
     def submit(self, key, wait: bool) -> list | None:
         """Have the rows of a key (step, start, stop) decoded; None if not read yet, and nobody waits."""
@@ -471,8 +453,9 @@ class ShardReader:
             return [self.pool.submit(self.image, step, lane, place, encoded[lane]) for lane, place in places]
 
     def get(self, key, index):
+        """The rows of a key, (stop − start, c, h, w) uint8; the plan knows their `index`."""
         pixels = self.ahead.pop(key, None) or self.submit(key, wait=True)
-        return to_device(np.stack([each.result() for each in pixels]), self.device)
+        return data.to_device(np.stack([each.result() for each in pixels]), self.device)
 
     def expect(self, key, index):
         """Begin to decode rows that will probably be asked for, if they have been read."""
@@ -480,20 +463,14 @@ class ShardReader:
         if key not in self.ahead and (begun := self.submit(key, wait=False)):
             self.ahead[key] = begun
 
-# %% ../nbs/02_shards.ipynb #6e931a83
-class Supply:
-    """Encoded images from shards, and an account of shards given up and images that can't be decoded."""
+# %% ../nbs/02_shards.ipynb #b3eca752
+class Account:
+    """Shards given up, of which a share `max_lost` is allowed, and images that can't be decoded."""
 
-    def __init__(self, urls: list[str], counts: list[int], retries=3, pause=1.0, max_lost=0.01, report=print):
-        self.urls, self.counts, self.retry, self.report = urls, counts, (retries, pause), report
+    def __init__(self, urls: list[str], counts: list[int], max_lost=0.01, report=print):
+        self.urls, self.counts, self.report = urls, counts, report
         self.lost, self.unusable, self.lock = {}, {}, threading.Lock()
         self.allowed = max(1, int(max_lost * len(urls))) if max_lost else 0
-
-    def fetch(self, shard: int, places: set[int]) -> Iterator[tuple[int, bytes]]:
-        """(place, encoded image) of a shard, as far as they can be had."""
-        return persistent(
-            self.urls[shard], places, self.counts[shard], *self.retry, partial(self.lose, self.urls[shard])
-        )
 
     def lose(self, url: str, why: str):
         """A shard has been given up. DataError if it is one too many."""
@@ -517,6 +494,20 @@ class Supply:
         if new:
             self.report(f"{self.urls[shard]}: an image can't be used ({why}); another takes its place")
 
+# %% ../nbs/02_shards.ipynb #6e931a83
+class Supply(Account):
+    """Encoded images from shards; one that fails is opened `retries` times more, `pause` seconds apart."""
+
+    def __init__(self, urls: list[str], counts: list[int], retries=3, pause=1.0, max_lost=0.01, report=print):
+        super().__init__(urls, counts, max_lost, report)
+        self.retry = (retries, pause)
+
+    def fetch(self, shard: int, places: set[int]) -> Iterator[tuple[int, bytes]]:
+        """(place, encoded image) of a shard, as far as they can be had."""
+        return persistent(
+            self.urls[shard], places, self.counts[shard], *self.retry, partial(self.lose, self.urls[shard])
+        )
+
 # %% ../nbs/02_shards.ipynb #da149afd
 class ShardBatches(TrainBatches):
     """Augmented, normalised batches from shards; given the shards, a pure function of (seed, step).
@@ -536,18 +527,13 @@ class ShardBatches(TrainBatches):
         Plan.__init__(self, sum(counts), batch_size, *shape)
         self.contents = [manifest["shards"][name_in(url)] for url in urls]
         self.plan = ShardPlan(counts, lanes, buffer, batch_size, *shape)
-        note = f"batch_size {batch_size} is more than the {self.n} images; every batch holds them all"
-        self.note, self.resident, self.device = (
-            note if batch_size > self.n else None,
-            False,
-            torch.device(device),
-        )
+        self.resident, self.device = False, torch.device(device)
         moments = (mean or manifest["mean"], std or manifest["std"])
         self.mean, self.std = (torch.tensor(m, device=self.device) for m in moments)
         self.supply = Supply(urls, counts, **supply)
-        how = partial(decode, size=self.size, channels=channels)
+        how = partial(data.decode, size=self.size, channels=channels)
         parts = (self.plan, self.supply.fetch, how, self.supply.spoilt)
-        self.reader = ShardReader(*parts, workers or cores(), self.device)
+        self.reader = ShardReader(*parts, workers or data.cores(), self.device)
 
     def permutation(self, epoch: int) -> np.ndarray:
         """The images of an epoch, in the order of the batches' rows."""
@@ -560,8 +546,8 @@ def survey(urls: list[str], out, *, image_size=(224, 224), channels=3, progress=
     for number, url in enumerate(urls):
         before, name = tally.count, name_in(url)
         try:
-            blobs = ((lambda data=data: data) for _, data in images_of(url))
-            for seen in in_order(partial(look, **how), blobs, threads or cores(), window=64):
+            blobs = ((lambda encoded=encoded: encoded) for _, encoded in images_of(url))
+            for seen in data.in_order(partial(data.look, **how), blobs, threads or data.cores(), window=64):
                 tally.add(f"{name}[{tally.count - before}]", "train", -1, seen)
         except Exception as error:
             raise DataError(f"{url}: {cause(error)}; repair it or leave it out") from None

@@ -9,8 +9,8 @@ __all__ = ['PRECISIONS', 'SKIPS', 'MEANT', 'tokens_of', 'make_optimizers', 'peak
            'check_weights', 'count', 'check_skips', 'loss_means', 'optimizer_tensors', 'restore_optimizer', 'under',
            'tally_tensors', 'restore_tally', 'save_checkpoint', 'read_checkpoint', 'restore_checkpoint', 'warn',
            'CheckpointFiles', 'Checkpoints', 'duration', 'Meter', 'Notice', 'record', 'look', 'begin', 'line_of',
-           'watched', 'walk', 'walk_or_keep', 'fit', 'folder_of', 'first_bad', 'write_incident', 'keep_incident',
-           'Finding', 'broken', 'ours', 'written', 'Finder', 'OneBatch', 'replay_step']
+           'watched', 'Log', 'Diary', 'walk', 'walk_or_keep', 'fit', 'folder_of', 'first_bad', 'write_incident',
+           'keep_incident', 'Finding', 'broken', 'ours', 'written', 'Finder', 'OneBatch', 'replay_step']
 
 # %% ../nbs/11_trainer.ipynb #5d6406c6
 import inspect
@@ -25,7 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +34,6 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .config import Stopped, UserError
 from .curriculum import position, warmup_cosine
@@ -300,7 +298,7 @@ def launch(device: str = "cpu", precision: str = "32") -> Fabric:
         raise UserError(f"train.device: {device!r} is one device for {size} processes; use cuda or cpu")
     for name in ("lightning.fabric", "lightning.pytorch"):  # their banner is no news
         logging.getLogger(name).setLevel(logging.WARNING)
-    words = inspect.signature(DistributedDataParallel).parameters  # torch is renaming this one
+    words = inspect.signature(nn.parallel.DistributedDataParallel).parameters  # torch is renaming this one
     still = "forward_sync_buffers" if "forward_sync_buffers" in words else "broadcast_buffers"
     strategy = DDPStrategy(gradient_as_bucket_view=True, **{still: False})
     fabric = make_fabric(device, precision, devices=here, num_nodes=size // here, strategy=strategy)
@@ -651,37 +649,71 @@ def watched(line: dict, objective: Objective, monitors) -> dict:
         line |= monitor(line, objective)
     return dict(sorted(line.items()))
 
+# %% ../nbs/11_trainer.ipynb #8ad9ffe7
+@dataclass
+class Log:
+    """What a run keeps of its steps: the sums of this epoch, the first bad step, and the history."""
+
+    course: Course
+    tally: Tally = field(default_factory=Tally)
+    watch: Watch = field(default_factory=Watch)
+    history: list[dict] = field(default_factory=list)
+
+    def open(self, checkpoints: Checkpoints) -> int:
+        """Go on from the newest checkpoint, or write the first one; the step to begin with."""
+        if state := checkpoints.restore(self.course, self.tally):
+            self.history = state["history"]
+            return state["step"]
+        checkpoints.save(self.course, self.tally, 0, [])
+        return 0
+
+    def note(self, step: int, moved: dict[str, Moved]) -> None:
+        """Note what the phases of a step were; no synchronisation."""
+        count(self.tally, moved, self.course.skip)
+        if not self.course.skip:
+            self.watch.see(step, moved)
+
+    def check(self, step: int) -> None:
+        """Raise NotFinite if a step up to this one was bad, or too many were skipped."""
+        self.watch.check()
+        check_skips(self.tally, step)
+
+# %% ../nbs/11_trainer.ipynb #a93cf480
+class Diary(Log):
+    """A log that is written down at rests."""
+
+    def ends(self, step: int) -> bool:
+        """Whether an epoch, be it the shorter last one, ends with this step."""
+        return (step + 1) % self.course.batches.steps_per_epoch == 0 or step + 1 == self.course.steps
+
+    def rest(self, step: int, checkpoints: Checkpoints, monitors) -> None:
+        """After this step: a record if an epoch ends with it, then a checkpoint, if the weights are sound."""
+        check_weights(self.course.objective, step + 1)
+        if self.ends(step):
+            self.history.append(line_of(step + 1, self.course, self.tally, monitors))
+        checkpoints.save(self.course, self.tally, step + 1, self.history)
+
 # %% ../nbs/11_trainer.ipynb #22831333
 def walk(course: Course, checkpoints: Checkpoints, notice: Notice, monitors, at: dict, say) -> list[dict]:
     """All steps from the newest checkpoint to the last; the history."""
-    objective, tally, watch = course.objective, Tally(), Watch()
-    state = checkpoints.restore(course, tally)
-    start, history = (state["step"], state["history"]) if state else (0, [])
-    agreement = Agreement(course.world)
-    if not state:
-        checkpoints.save(course, tally, 0, [])
+    diary, agreement = Diary(course), Agreement(course.world)
+    start = diary.open(checkpoints)
     meter = Meter(course.steps, start, course.batches.batch_size, say)
     for step in range(start, course.steps):
-        look(at, step, objective)
+        look(at, step, course.objective)
         moved = course.take(step)
-        count(tally, moved, course.skip)
-        if not course.skip:
-            watch.see(step, moved)
+        diary.note(step, moved)
         meter.tick(step, moved)
-        ends = (step + 1) % course.batches.steps_per_epoch == 0 or step + 1 == course.steps
         wish = agreement.on(notice.given or int(checkpoints.due()))
-        rests = ends or wish > 0
+        rests = diary.ends(step) or wish > 0
         if rests or step % 50 == 0:
-            watch.check()
-            check_skips(tally, step)
+            diary.check(step)
         if rests:
-            check_weights(objective, step + 1)
-            history += [line_of(step + 1, course, tally, monitors)] if ends else []
-            checkpoints.save(course, tally, step + 1, history)
+            diary.rest(step, checkpoints, monitors)
             agreement.done()
             notice.obey(wish, step + 1, course.steps)
-    look(at, course.steps, objective)
-    return history
+    look(at, course.steps, course.objective)
+    return diary.history
 
 # %% ../nbs/11_trainer.ipynb #36348d2f
 def walk_or_keep(course: Course, checkpoints: Checkpoints, told: dict, *how) -> list[dict]:
@@ -693,20 +725,12 @@ def walk_or_keep(course: Course, checkpoints: Checkpoints, told: dict, *how) -> 
 
 # %% ../nbs/11_trainer.ipynb #54548e8a
 def fit(
-    objective: Objective,
-    batches,
-    *,
-    folder: str | Path | None = None,
-    minutes: float | None = None,
-    keep: int = 2,
-    monitors: Iterable[Callable[[dict, Objective], dict]] = (),
-    at: dict[int, Callable[[Objective], None]] | None = None,
-    say: Callable[[str], None] = lambda line: None,
-    recipe: dict | None = None,
-    advice: Callable[[int, int], str] | None = None,
-    fabric: Fabric | None = None,
-    **settings,
-) -> list[dict]:
+    objective: Objective, batches, *, folder: str | Path | None = None, minutes: float | None = None,
+    keep: int = 2, monitors: Iterable[Callable[[dict, Objective], dict]] = (),
+    at: dict[int, Callable[[Objective], None]] | None = None, say: Callable[[str], None] = lambda line: None,
+    recipe: dict | None = None, advice: Callable[[int, int], str] | None = None,
+    fabric: Fabric | None = None, **settings,
+) -> list[dict]:  # fmt: skip
     """Train `objective` for `steps` optimizer steps at peak learning rate `rate`; `settings`: of `begin`.
 
     Returns the history, one record per epoch. Of several processes the first alone writes and speaks. The
@@ -806,7 +830,7 @@ def written(node) -> str:
 MEANT = ("empty", "new_empty", "full", "new_full", "fill", "masked_fill", "where", "scalar_tensor")
 
 
-class Finder(TorchDispatchMode):
+class Finder(torch.utils._python_dispatch.TorchDispatchMode):
     """Within its block, finds the first operation that makes something not finite of finite inputs."""
 
     found: Finding | None = None
