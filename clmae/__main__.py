@@ -73,9 +73,9 @@ def prepare(args):
     config, root, say = valid(args), runs.home(), runs.speaker()
     settings = config.data.model_dump(exclude={"root"})
     show = lambda done, total: done % 100 or say(f"{done} of {total} images")  # noqa: E731
-    manifest = data.prepare(root / config.data.root, root / "build/prepared", **settings, progress=show)
+    manifest = data.prepare(root / config.data.root, root / args.prepared, **settings, progress=show)
     counts = ", ".join(f"{split['images']} {name}" for name, split in manifest["splits"].items())
-    print(f"\rbuild/prepared: {counts} images, {len(manifest['skipped'])} files skipped")
+    print(f"\r{args.prepared}: {counts} images, {len(manifest['skipped'])} files skipped")
 
 
 def shard(args):
@@ -189,7 +189,7 @@ def bakeoff(args):
         print(*read_out(args.set), sep="\n")
         return 0
     if args.list:
-        print(*trial.listing(trial.records_of(trial.home(), args.set)), sep="\n")
+        print(*trial.listing(trial.records_of(trial.home(), args.set), args.set), sep="\n")
         return 0
     if args.arm is None:
         done = trial.run_missing(minutes=args.minutes, report=lambda line: print(line, flush=True), **where)
@@ -263,7 +263,10 @@ def parser():
         return command
 
     add(validate, "check the parameters, run nothing")
-    add(prepare, "decode, resize and store the images of data.root")
+    command = add(prepare, "decode, resize and store the images of data.root")
+    command.add_argument(
+        "--prepared", default="build/prepared", metavar="FOLDER", help="where to; default: %(default)s"
+    )
     command = add(shard, "write images as tar files, for sets too large to prepare; or count such files")
     command.add_argument("source", metavar="SOURCE", help="a folder as data.root is, or tar files to count")
     command.add_argument("out", metavar="OUT", help="the folder for shards and manifest.json; replaced whole")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'TUNING_SEED', 'FACTORS', 'BUDGETS', 'LEVEL', 'MONITOR_EPOCHS', 'METHODS', 'CONTROLS', 'MASKS', 'ALONE',
-           'CURRICULA', 'SOFT', 'ESTIMATORS', 'SHARES', 'ABLATIONS', 'arms', 'PACKAGES', 'KEPT', 'NUMBERS', 'GUESS',
-           'Arm', 'changed', 'block_of', 'in_the_running', 'power', 'detectable', 'Job', 'trials', 'counted', 'job_of',
-           'validation', 'goes_on', 'program', 'chosen_factor', 'ready', 'commit', 'peak_memory', 'Clock', 'told',
-           'workplace', 'settings', 'trained', 'scores', 'once', 'place', 'records_of', 'command_of', 'perform',
-           'lock_of', 'differences', 'run_one', 'usual', 'stretch', 'expected', 'missing', 'hours', 'listing', 'said',
-           'launch', 'held', 'next_job', 'run_missing', 'progress']
+           'CURRICULA', 'SOFT', 'ESTIMATORS', 'SHARES', 'ABLATIONS', 'arms', 'SETS', 'PACKAGES', 'KEPT', 'NUMBERS',
+           'GUESS', 'Arm', 'changed', 'block_of', 'in_the_running', 'power', 'detectable', 'arms_of', 'Job', 'trials',
+           'counted', 'job_of', 'validation', 'goes_on', 'program', 'chosen_factor', 'ready', 'commit', 'peak_memory',
+           'Clock', 'told', 'workplace', 'settings', 'trained', 'scores', 'once', 'place', 'records_of', 'command_of',
+           'perform', 'lock_of', 'differences', 'run_one', 'usual', 'stretch', 'expected', 'missing', 'hours',
+           'listing', 'said', 'launch', 'held', 'next_job', 'run_missing', 'progress']
 
 # %% ../nbs/20_bakeoff.ipynb #5d6406c6
 import resource
@@ -122,6 +122,18 @@ def detectable(sd: float, seeds: int = len(SEEDS), level: float = LEVEL, wanted:
         low, high = (low, middle) if power(middle, sd, seeds, level) > wanted else (middle, high)
     return high
 
+# %% ../nbs/20_bakeoff.ipynb #4a24f9cf
+SETS = {
+    "embedded": ("reference", "methods", "controls", "ablations"),
+    "cifar10": ("reference", "methods", "controls"),
+}
+
+
+def arms_of(label: str) -> list[str]:
+    """The arms that run on a set: those of its families; all on a set that the protocol doesn't name."""
+    families = SETS.get(label, SETS["embedded"])
+    return [name for name, arm in arms.items() if arm.family in families]
+
 # %% ../nbs/20_bakeoff.ipynb #569279ad
 class Job(NamedTuple):
     """One run; `factor` of a tuning trial multiplies the base learning rate, None is a counted run."""
@@ -174,9 +186,9 @@ def goes_on(arm: str, records: dict) -> bool:
     return len(reference) == len(SEEDS) and bool(first) and in_the_running(first[0], reference)
 
 # %% ../nbs/20_bakeoff.ipynb #2dda95e2
-def program(records: dict) -> list[Job]:
-    """Every job of the protocol in its order, as far as the records (by name) decide who goes on."""
-    first, others = ["mae", "cl_mae"], [name for name in arms if name not in ("mae", "cl_mae")]
+def program(records: dict, label: str = "embedded") -> list[Job]:
+    """Every job of the protocol on a set in its order, as far as the records (by name) decide who goes on."""
+    first, others = ["mae", "cl_mae"], [name for name in arms_of(label) if name not in ("mae", "cl_mae")]
     jobs = [job for arm in first for job in trials(arm)]
     jobs += [job for pair in zip(*map(counted, first)) for job in pair]
     jobs += [job for arm in others for job in (*trials(arm), *counted(arm, SEEDS[:1]))]
@@ -437,9 +449,9 @@ def expected(job: Job, records: dict) -> float:
     return alike or (same or any_arm or GUESS) * longer
 
 # %% ../nbs/20_bakeoff.ipynb #70dbe196
-def missing(records: dict) -> list[Job]:
-    """The jobs of the program that have no record."""
-    return [job for job in program(records) if job.name not in records]
+def missing(records: dict, label: str = "embedded") -> list[Job]:
+    """The jobs of a set's program that have no record."""
+    return [job for job in program(records, label) if job.name not in records]
 
 # %% ../nbs/20_bakeoff.ipynb #55309537
 def hours(seconds: float) -> str:
@@ -447,13 +459,13 @@ def hours(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 # %% ../nbs/20_bakeoff.ipynb #d036c6d9
-def listing(records: dict) -> Iterator[str]:
+def listing(records: dict, label: str = "embedded") -> Iterator[str]:
     """A line for each job: done, with its accuracy, or missing, with its expected time; then the sums."""
-    jobs = program(records)
+    jobs = program(records, label)
     for job in jobs:
         done, needs = job.name in records, hours(expected(job, records))
         yield f"{job.name:36} {said(records[job.name]) if done else f'missing, about {needs}'}"
-    left = missing(records)
+    left = missing(records, label)
     cost = hours(sum(expected(job, records) for job in left))
     yield f"{len(jobs) - len(left)} of {len(jobs)} runs done; missing: {len(left)}, about {cost} of one core"
 
@@ -498,7 +510,7 @@ def held(root: Path, label: str, job: Job) -> bool:
 def next_job(root: Path, label: str) -> Job | None:
     """The first job that is missing, can start and is nobody's; None if there is none."""
     records = records_of(root, label)
-    free = (job for job in missing(records) if ready(job, records) and not held(root, label, job))
+    free = (job for job in missing(records, label) if ready(job, records) and not held(root, label, job))
     return next(free, None)
 
 
@@ -512,12 +524,15 @@ def run_missing(
     while (job := next_job(root, label)) and (left := end - time.monotonic()) > 0:
         if not start(command_of(job, label, params, prepared), left, root):
             break
-        report(progress(job, records_of(root, label)))
-    return not missing(records_of(root, label))
+        report(progress(job, records_of(root, label), label))
+    return not missing(records_of(root, label), label)
 
 # %% ../nbs/20_bakeoff.ipynb #aef25017
-def progress(job: Job, records: dict) -> str:
+def progress(job: Job, records: dict, label: str = "embedded") -> str:
     """The line of a finished job, with what is left."""
-    left = missing(records)
-    done, hours_left = len(program(records)) - len(left), hours(sum(expected(job, records) for job in left))
+    left = missing(records, label)
+    done, hours_left = (
+        len(program(records, label)) - len(left),
+        hours(sum(expected(job, records) for job in left)),
+    )
     return f"{done}/{done + len(left)} {job.name}: {said(records[job.name])}; {hours_left} left"

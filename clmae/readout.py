@@ -24,6 +24,7 @@ from clmae.bakeoff import (
     METHODS,
     SEEDS,
     arms,
+    arms_of,
     counted,
     detectable,
     expected,
@@ -232,12 +233,12 @@ def given_up(arm: str, records: dict) -> bool:
     return known and not goes_on(arm, records) and arm not in ("mae", "cl_mae")
 
 # %% ../nbs/21_readout.ipynb #24a940cf
-def conclusions(records: dict, budget: str = "flops") -> list[str]:
-    """The page of plain sentences for a budget."""
-    table, complete = table_of(records), not missing(records)
+def conclusions(records: dict, budget: str = "flops", label: str = "embedded") -> list[str]:
+    """The page of plain sentences for a budget on a set."""
+    table, complete = table_of(records), not missing(records, label)
     compared = compare(table, budget)
-    if budget == "images":
-        compared = compared.loc[METHODS]
+    run = METHODS if budget == "images" else arms_of(label)
+    compared = compared[compared.index.isin(run)]
     lines = [overall(compared, budget, complete)]
     lines += [
         sentence(arm, r, given_up(arm, records)) for arm, r in zip(compared.index, compared.itertuples())
@@ -420,9 +421,9 @@ def cost(jobs: list, records: dict) -> str:
     return hours(sum(expected(job, records) for job in jobs))
 
 # %% ../nbs/21_readout.ipynb #d14a9827
-def still(records: dict) -> list[str]:
+def still(records: dict, label: str = "embedded") -> list[str]:
     """A line for each budget and arm with missing runs, with their expected processor time; then the sum."""
-    left = missing(records)
+    left = missing(records, label)
     groups: dict[tuple, list] = {}
     for job in left:
         groups.setdefault((job.budget, job.arm), []).append(job)
@@ -443,7 +444,7 @@ def as_plain(frame: pd.DataFrame) -> dict:
     }
 
 # %% ../nbs/21_readout.ipynb #ec1fff58
-def summary(records: dict) -> dict:
+def summary(records: dict, label: str = "embedded") -> dict:
     """Everything that the records say, as numbers and as sentences."""
     table = table_of(records)
     return {
@@ -451,8 +452,11 @@ def summary(records: dict) -> dict:
         "comparisons": {b: {p: as_plain(compare(table, b, p)) for p in PROBES} for b in BUDGETS},
         "tables": {budget: as_plain(results_table(records, budget)) for budget in BUDGETS},
         "health": as_plain(health_table(table)),
-        "sentences": {"noise": pilot(table), **{budget: conclusions(records, budget) for budget in BUDGETS}},
-        "missing": still(records),
+        "sentences": {
+            "noise": pilot(table),
+            **{budget: conclusions(records, budget, label) for budget in BUDGETS},
+        },
+        "missing": still(records, label),
     }
 
 # %% ../nbs/21_readout.ipynb #7dea8e11
@@ -471,7 +475,7 @@ def read_out(label: str = "embedded", folder=None) -> list[str]:
     """Write summary.json and the pictures of a set beside its records; the page of sentences."""
     root = home(folder)
     records = records_of(root, label)
-    found = summary(records)
+    found = summary(records, label)
     write_json(place(root, label) / "summary.json", found)
     for name, figure in pictures(records):
         write_bytes(place(root, label) / name, encode(figure, "png"))

@@ -132,7 +132,11 @@ BAD_BLOCKS = [
     (block(estimator="policy", temperature=0.0, masker={}), "objectives.cl_mae: estimator policy", "chance"),
     (block(excess=True, teacher=None), "objectives.cl_mae: excess", "teacher: {}"),
     (block(estimator="rank", relaxation="scale"), "objectives.cl_mae: relaxation: estimator rank", "soft"),
-    (block(estimator="frozen", kl="released", masker={}), "objectives.cl_mae: kl: estimator frozen", "soft and policy"),
+    (
+        block(estimator="frozen", kl="released", masker={}),
+        "objectives.cl_mae: kl: estimator frozen",
+        "soft and policy",
+    ),
     (
         block(estimator="policy", masker={}, weights={"gauss": 1.0}),
         "objectives.cl_mae: weights.gauss: ",

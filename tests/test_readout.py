@@ -156,7 +156,7 @@ def test_the_first_line_is_about_all_arms(monkeypatch):
     assert readout.conclusions(some)[0] == "At equal operations, so far, CL-MAE, EMAE beat MAE beyond noise."
     early = readout.conclusions(study(mae=BASE, cl_mae=BASE[:3]))[0]
     assert early == "At equal operations: no arm has its 5 seeds yet, so there is no statement."
-    monkeypatch.setattr(readout, "missing", lambda records: [])
+    monkeypatch.setattr(readout, "missing", lambda records, label: [])
     assert readout.conclusions(none)[0] == "At equal operations, none of the arms beats MAE beyond noise."
 
 
