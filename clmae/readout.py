@@ -314,7 +314,8 @@ def draw_ends(ax, table: pd.DataFrame, unit: str, palette: dict) -> None:
             continue
         face = palette[arm] if budget == "flops" else "white"
         ax.plot(runs["flops"] / UNITS[unit], runs["knn"], "o", color=palette[arm], mfc=face, ms=6)
-    ax.set(xlabel=f"operations ({unit}); open: equal images", ylabel="20-NN on test (%)", xlim=(0, None))
+    ax.set(xlabel=f"operations ({unit}); open: equal images", ylabel="20-NN on test (%)")
+    ax.set_xlim(0, 1.05 * ax.dataLim.x1 if len(table) else None)
 
 # %% ../nbs/21_readout.ipynb #85f39d8e
 @styled

@@ -23,7 +23,7 @@ def test_tables_are_what_the_results_give_now():
     kept = nbformat.read(ROOT / "nbs/index.ipynb", 4)
     run = nbformat.read(ROOT / "nbs/index.ipynb", 4)
     NotebookClient(run, resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
-    assert len(tables(kept)) == 6
+    assert len(tables(kept)) == 7
     assert tables(run) == tables(kept), "run make record"
 
 
