@@ -148,7 +148,8 @@ def plan(args):
     from clmae import cost
     from clmae.config import unknown
 
-    blocks = {} if args.run is None else valid(args).objectives
+    config = None if args.run is None else valid(args)
+    blocks = config.objectives if config else {}
     if args.run is not None and args.run not in blocks:
         raise unknown("run", args.run, blocks, key="--run")
     sizes = {key: getattr(args, key) for key in ("preset", "images", "epochs", "batch", "gpus", "device")}
@@ -156,7 +157,8 @@ def plan(args):
     sizes |= {"patch_size": args.patch_size and cost.read_count(args.patch_size, "--patch-size")}
     rates = {"efficiency": args.efficiency, "precision": args.precision, "base_lr": args.base_lr}
     given = {"peak_flops": args.peak and args.peak * 1e12, "room": args.memory and args.memory * 1e9}
-    print(cost.describe(cost.plan(**sizes, **rates, **given, objective=blocks.get(args.run))))
+    again = args.checkpoint_activations or (config is not None and config.train.checkpoint_activations)
+    print(cost.describe(cost.plan(**sizes, **rates, **given, objective=blocks.get(args.run), again=again)))
 
 
 def replay(args):
@@ -288,6 +290,10 @@ def parser():
     command.add_argument("--peak", type=float, metavar="T", help="TFLOP/s of a device, not the data sheet's")
     command.add_argument("--memory", type=float, metavar="GB", help="of a device, not the data sheet's")
     command.add_argument("--precision", choices=["32", "bf16"], default="bf16", help="default: %(default)s")
+    command.add_argument(
+        "--checkpoint-activations", action="store_true",
+        help="compute blocks again in backward; default: as params.yaml says for --run, else not",
+    )  # fmt: skip
     command = add(
         replay, "take the step again that made a loss no number, and name the operation", params=False
     )

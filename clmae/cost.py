@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BYTES', 'PASSES', 'SCORE_TERMS', 'BALANCE', 'RESERVE', 'devices', 'SUFFIXES', 'COUNTS', 'PATCHES', 'Cost', 'linear',
-           'norm', 'storage', 'tally', 'attention', 'Size', 'size_of', 'block_cost', 'trunk_cost', 'patch_values',
-           'embed_cost', 'encode_cost', 'decode_cost', 'judge_cost', 'near_cost', 'choose_cost', 'visible',
-           'teacher_cost', 'mae_cost', 'unmoved', 'second_pass_cost', 'masker_cost', 'remembered', 'phase_costs',
-           'step_flops', 'measure', 'size_parameters', 'mae_parameters', 'masker_parameters', 'parameters', 'widest',
-           'kept_bytes', 'memory', 'passes', 'in_words', 'free_memory', 'advise', 'Device', 'read_count', 'positive',
-           'device_of', 'imagine', 'shared', 'spent', 'limit_of', 'fitted', 'plan', 'describe']
+           'norm', 'storage', 'tally', 'attention', 'Size', 'size_of', 'block_cost', 'again_cost', 'trunk_cost',
+           'patch_values', 'embed_cost', 'encode_cost', 'decode_cost', 'judge_cost', 'near_cost', 'choose_cost',
+           'visible', 'teacher_cost', 'mae_cost', 'unmoved', 'second_pass_cost', 'masker_cost', 'remembered',
+           'phase_costs', 'step_flops', 'measure', 'size_parameters', 'mae_parameters', 'masker_parameters',
+           'parameters', 'widest', 'in_words', 'kept_bytes', 'rebuilt', 'working_bytes', 'memory', 'passes',
+           'free_memory', 'advise', 'Device', 'read_count', 'positive', 'device_of', 'imagine', 'shared', 'spent',
+           'limit_of', 'fitted', 'plan', 'describe']
 
 # %% ../nbs/16_cost.ipynb #5d6406c6
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from .masker import ROUNDS, Masker, attend
 from .masking import Draw, keep_count
 from .objectives import MaskedAutoencoding, make_objective
 from .trainer import cut_into, halve, peak_rate
-from .vit import Trunk, presets, trunk_parameters
+from .vit import Trunk, checkpoint_activations, presets, trunk_parameters
 
 # %% ../nbs/16_cost.ipynb #9644eb92
 BYTES = {"32": (4, 4), "bf16": (4, 2), "64": (8, 8)}
@@ -106,12 +107,13 @@ def attention(tokens: int, d: int, heads: int, mode: str, fused: bool = True) ->
 
 # %% ../nbs/16_cost.ipynb #93bc86ac
 class Size(NamedTuple):
-    """The size of a trunk; `inner` is the width of its MLPs."""
+    """The size of a trunk; `inner` is the width of its MLPs, `again` whether blocks are computed again."""
 
     width: int
     depth: int
     heads: int
     inner: int
+    again: bool = False
 
 # %% ../nbs/16_cost.ipynb #f9549cf9
 def size_of(trunk: Trunk, width: int) -> Size:
@@ -119,7 +121,7 @@ def size_of(trunk: Trunk, width: int) -> Size:
     heads, inner = 1, 0
     for block in trunk.blocks:
         heads, inner = block.attn.num_heads, block.mlp.fc1.out_features
-    return Size(width, len(trunk.blocks), heads, inner)
+    return Size(width, len(trunk.blocks), heads, inner, trunk.again)
 
 # %% ../nbs/16_cost.ipynb #43384477
 def block_cost(tokens: int, size: Size, mode: str, fused: bool = True) -> Cost:
@@ -131,10 +133,18 @@ def block_cost(tokens: int, size: Size, mode: str, fused: bool = True) -> Cost:
     mlp = linear(tokens, d, inner, mode) + gelu + linear(tokens, inner, d, mode)
     return norm(tokens, d, mode).times(2) + attended + mlp
 
+# %% ../nbs/16_cost.ipynb #930421c6
+def again_cost(tokens: int, size: Size, mode: str, fused: bool = True) -> Cost:
+    """A block on `tokens` vectors that keeps its input alone, and forward once more in backward."""
+    learned, forward = block_cost(tokens, size, mode, fused), block_cost(tokens, size, "read")
+    last = linear(tokens, size.inner, size.width, "read")
+    return Cost(learned.flops + forward.flops - last.flops, wide=tokens * size.width)
 
+# %% ../nbs/16_cost.ipynb #3e62b401
 def trunk_cost(tokens: int, size: Size, mode: str, fused: bool = True) -> Cost:
     """All blocks and the last norm."""
-    return block_cost(tokens, size, mode, fused).times(size.depth) + norm(tokens, size.width, mode)
+    each = again_cost if size.again and mode != "read" else block_cost
+    return each(tokens, size, mode, fused).times(size.depth) + norm(tokens, size.width, mode)
 
 # %% ../nbs/16_cost.ipynb #d4bdd385
 def patch_values(mae: MAE) -> int:
@@ -210,15 +220,19 @@ def mae_cost(objective: MaskedAutoencoding, pos: float = 0.0) -> Cost:
     n, values = mae.encoder.n, mae.encoder.n * patch_values(mae)
     view = encode_cost(mae, k, "learn") + decode_cost(mae, k, "learn")
     view = view + Cost(wide=values + n * (mae.encoder.width + 3))
-    compared = Cost(wide=parts * (parts - 1) * (values + n / 2))
+    pairs = parts * (parts - 1) if parts > 2 and objective.agreeing.weight else 0
+    compared = Cost(wide=pairs * (values + n / 2))
     learned = embed_cost(mae, "first") + view.times(parts) + compared
     return choose_cost(objective) + learned + teacher_cost(objective, k)
 
 # %% ../nbs/16_cost.ipynb #343463a0
-def unmoved(tokens: int, d: int, fused: bool) -> Cost:
-    """What the first block is spared under `attend`: a cost to subtract."""
-    spared = 6 * tokens * d**2 + (0 if fused else 6 * tokens**2 * d)
-    return Cost(spared, wide=tokens * (d + 2), narrow=0 if fused else 2 * tokens * d)
+def unmoved(tokens: int, d: int, fused: bool, again: bool = False) -> Cost:
+    """What the first block is spared under `attend`: a cost to subtract.
+
+    If it is computed `again`, it keeps its input all the same.
+    """
+    spared = Cost(6 * tokens * d**2 + (0 if fused else 6 * tokens**2 * d))
+    return spared if again else replace(spared, wide=tokens * (d + 2), narrow=0 if fused else 2 * tokens * d)
 
 # %% ../nbs/16_cost.ipynb #6c6b6e71
 def second_pass_cost(objective: MaskedAutoencoding, fused: bool = False) -> Cost:
@@ -229,9 +243,8 @@ def second_pass_cost(objective: MaskedAutoencoding, fused: bool = False) -> Cost
     cost = encode_cost(mae, n, "pass", fused or not attends) + decode_cost(mae, n, "pass") + Cost(wide=values)
     if not attends:
         return cost + Cost(wide=n * d)  # the tokens that scores multiply
-    return (
-        cost + Cost(narrow=(1 + n) * w) + unmoved(1 + n, d, fused).times(-1)
-    )  # what the mask token blends with
+    spared = unmoved(1 + n, d, fused, mae.encoder.trunk.again)
+    return cost + Cost(narrow=(1 + n) * w) + spared.times(-1)  # narrow: what the mask token blends with
 
 # %% ../nbs/16_cost.ipynb #976b6b64
 SCORE_TERMS, BALANCE = 8, 21
@@ -332,11 +345,37 @@ def widest(objective: MaskedAutoencoding, images: int) -> int:
     encoder, decoder = size_of(mae.encoder.trunk, 1), size_of(mae.decoder.trunk, 1)
     return images * objective.parts * max((1 + k) * encoder.inner, (1 + mae.encoder.n) * decoder.inner)
 
+# %% ../nbs/16_cost.ipynb #69afb26e
+def in_words(size: float) -> str:
+    """A number of bytes, in GB, or in MB if it is below one GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
 # %% ../nbs/16_cost.ipynb #32693e43
 def kept_bytes(objective: MaskedAutoencoding, images: int, precision: str, fused: bool) -> float:
     """Bytes kept for backward at worst: of all phases, at the beginning and at the end of training."""
     costs = [phase_costs(objective, images, pos, fused) for pos in (0.0, 1.0)]
     return max(cost.kept(precision) for phases in costs for cost in phases.values())
+
+# %% ../nbs/16_cost.ipynb #6a8c8356
+def rebuilt(objective: MaskedAutoencoding, images: int, fused: bool) -> list[Cost]:
+    """A block of the encoder and of the decoder, in every phase that goes backward through them."""
+    mae, n = objective.mae, objective.mae.encoder.n
+    encoder, decoder = (size_of(net.trunk, net.width) for net in (mae.encoder, mae.decoder))
+    k = max(visible(objective, pos) for pos in (0.0, 1.0))
+    blocks = [block_cost(1 + k, encoder, "learn"), block_cost(1 + n, decoder, "learn")]
+    blocks = [block.times(images * objective.parts) for block in blocks]
+    if "masker" not in objective.phases(0) or not isinstance(objective.estimator, Soft):
+        return blocks
+    soft = block_cost(1 + n, encoder, "pass", fused or objective.relax is not attend)
+    return [*blocks, soft.times(objective.turns.images(images) * objective.masker.parts)]
+
+# %% ../nbs/16_cost.ipynb #072f6803
+def working_bytes(objective: MaskedAutoencoding, images: int, precision: str, fused: bool) -> float:
+    """Bytes that backward needs while it works, at worst."""
+    gradients = BYTES[precision][1] * 2 * widest(objective, images)
+    if not objective.mae.encoder.trunk.again:
+        return gradients
+    return max(gradients, *(block.kept(precision) for block in rebuilt(objective, images, fused)))
 
 # %% ../nbs/16_cost.ipynb #82395562
 def memory(
@@ -357,7 +396,7 @@ def memory(
         "gradients": wide * max(learned.values()) * (2 if gpus > 1 else 1),
         "optimizer": 2 * wide * sum(learned.values()),
         "kept": kept_bytes(objective, passed, precision, fused),
-        "working": narrow * 2 * widest(objective, passed),
+        "working": working_bytes(objective, passed, precision, fused),
         "images": wide * batch * pixels + narrow * passed * remembered(objective),
     }
 
@@ -374,11 +413,6 @@ def passes(objective: MaskedAutoencoding, batch: int, room: float, **how) -> int
         if sum(memory(objective, batch, accumulate=accumulate, **how).values()) <= (1 - RESERVE) * room:
             return accumulate
     return None
-
-# %% ../nbs/16_cost.ipynb #69afb26e
-def in_words(size: float) -> str:
-    """A number of bytes, in GB, or in MB if it is below one GB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 # %% ../nbs/16_cost.ipynb #560df0a8
 def free_memory(device: torch.device) -> int:
@@ -512,36 +546,36 @@ def plan(
     epochs: int | str = 800, batch: int | str = 4096, gpus: int | str = 8, *,
     device: str = "h100", peak_flops: float | None = None, room: float | None = None, efficiency: float = 0.4,
     precision: str = "bf16", base_lr: float = 1.5e-4, channels: int = 3, objective: dict | None = None,
+    again: bool = False,
 ) -> dict:  # fmt: skip
     """What pretraining would take, by name, from shapes and a share of the peak: a prediction.
 
-    `batch` is global, `room` bytes, `objective` a block as in params.yaml; patches are of 14 px for huge,
-    else of 16. Raises UserError, one line that names the option of the command line.
+    `batch` is global, `room` bytes, `objective` a block as in params.yaml, `again` the setting
+    train.checkpoint_activations; patches are of 14 px for huge, else of 16.
+    Raises UserError, one line that names the option of the command line.
     """
     positive(efficiency, "--efficiency", most=1), positive(base_lr, "--base-lr")
     images, epochs, batch, gpus = map(read_count, (images, epochs, batch, gpus), COUNTS)
     chosen = device_of(device, peak_flops, room, precision)
     patch_size, batch = patch_size or PATCHES.get(preset, 16), min(batch, images)
     what = imagine(preset, image_size, patch_size, channels, objective, epochs)
+    checkpoint_activations(what.mae, again)
     fit = fitted(what, shared(batch, gpus), chosen.memory, precision=precision, gpus=gpus)
     cost = spent(what, batch, epochs * (images // batch), gpus * chosen.peak * efficiency)
     speed = f"{gpus} {device} reach {efficiency:.0%} of {chosen.peak / 1e12:g} TFLOP/s"
-    sizes = {"parameters": parameters(what), "patches": what.mae.encoder.n, "assumed": speed}
-    return {
-        **sizes,
-        **cost,
-        "device_hours": gpus * cost["hours"],
-        "learning_rate": peak_rate(base_lr, batch),
-    } | fit
+    sizes = {"parameters": parameters(what), "patches": what.mae.encoder.n, "again": again, "assumed": speed}
+    rates = {"device_hours": gpus * cost["hours"], "learning_rate": peak_rate(base_lr, batch)}
+    return sizes | cost | rates | fit
 
 # %% ../nbs/16_cost.ipynb #8e98c231
 def describe(what: dict) -> str:
     """A plan in lines."""
     nets = ", ".join(f"{net} {count / 1e6:.1f} M" for net, count in what["parameters"].items())
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in what["memory"].items())
+    way = "forward, backward, and blocks forward again" if what["again"] else "forward and backward"
     rows = {
         "parameters": nets,
-        "image": f"{what['patches']} patches, {what['image_flops'] / 1e9:.1f} GFLOP forward and backward",
+        "image": f"{what['patches']} patches, {what['image_flops'] / 1e9:.1f} GFLOP {way}",
         "steps": f"{what['steps']:,}, {what['flops']:.3g} FLOP",
         "time": f"{what['hours']:.1f} hours, {what['device_hours']:.0f} device hours, if {what['assumed']}",
         "input": f"{what['images_per_second']:,.0f} images/s must be read",

@@ -97,7 +97,7 @@ class Study:
         """Every (run, seed), runs in their order."""
         return [(run, seed) for run in self.runs for seed in self.seeds]
 
-
+# %% ../nbs/13_figures.ipynb #839e1ed0
 def study_of(runs, seeds, folder=None) -> Study:
     """The study of runs and seeds in `folder` (default: the repository, else the current folder)."""
     root = home(folder)

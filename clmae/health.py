@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EDGE', 'ENOUGH', 'RANDOM_MASKS', 'UNDECIDED', 'NEUTRAL', 'CENTRE', 'EQUAL', 'DIVERSE', 'IMAGE', 'MOVES', 'EPOCHS',
            'LATE', 'INDIFFERENT', 'ACTIVE', 'findings', 'diversity', 'rate_numbers', 'correlation', 'closeness', 'bits',
-           'score_sums', 'central', 'score_numbers', 'random_masks', 'Look', 'loss_sums', 'attempt', 'examine',
-           'counted', 'look_sums', 'look_numbers', 'Health', 'percent', 'find_undecided', 'find_centre_only',
-           'find_collapsed', 'find_fixed', 'find_indifferent', 'verdict', 'MaskMemory', 'MaskFiles', 'Examination',
-           'HealthMonitor']
+           'score_sums', 'central', 'score_numbers', 'random_masks', 'Look', 'loss_sums', 'attempt', 'by_chance',
+           'examine', 'counted', 'look_sums', 'look_numbers', 'sums_of', 'numbers_of_sums', 'Health', 'percent',
+           'find_undecided', 'find_centre_only', 'find_collapsed', 'find_fixed', 'find_indifferent', 'verdict',
+           'MaskMemory', 'MaskFiles', 'Examination', 'HealthMonitor']
 
 # %% ../nbs/12_health.ipynb #5d6406c6
 import math
@@ -146,6 +146,17 @@ def attempt(objective, images: Tensor, choose: Callable[[Tensor], Mask]) -> tupl
     error = patch_error(said.patches.unflatten(0, rows), objective.target(images))
     return error, said.mask.hidden.unflatten(0, rows).to(error.dtype)
 
+# %% ../nbs/12_health.ipynb #775d15ca
+def by_chance(objective, draw: Draw) -> Callable[[Tensor], Mask]:
+    """Random masks for tokens (b, n, d), K·b rows, that hide as much as the objective's own."""
+
+    def choose(tokens: Tensor) -> Mask:
+        b, n, _ = tokens.shape
+        place = objective.encoder.grid
+        return random_masks(draw, b, n, place, objective.mask_ratio).to(tokens.device)
+
+    return choose
+
 # %% ../nbs/12_health.ipynb #a403bfc1
 @torch.no_grad()
 def examine(objective, images: Tensor, pos: float, draw: Draw, before: Tensor | None = None) -> Look:
@@ -159,13 +170,8 @@ def examine(objective, images: Tensor, pos: float, draw: Draw, before: Tensor | 
         told["score"] = objective.scores(tokens, pos)
         return objective.choose(tokens, pos, draw.fork(0))
 
-    def chance(tokens: Tensor) -> Mask:
-        b, n, _ = tokens.shape
-        place = objective.encoder.grid
-        return random_masks(draw.fork(1), b, n, place, objective.mask_ratio).to(tokens.device)
-
     error, hidden = attempt(objective, images, own)
-    errors, unseen = attempt(objective, images, chance)
+    errors, unseen = attempt(objective, images, by_chance(objective, draw.fork(1)))
     times = unseen.sum(0)
     return Look(
         hidden=hidden[0],
@@ -210,6 +216,24 @@ def look_numbers(sums: dict[str, Tensor], images: int) -> dict[str, Tensor]:
         found["agreement"] = sums["agreement"] / images
     return found
 
+# %% ../nbs/12_health.ipynb #f5873634
+def sums_of(look: Look, near: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
+    """All sums of a look: `look_sums`, and `score_sums` about `shift` where there are scores."""
+    sums = look_sums(look, near)
+    return sums if look.score is None else sums | score_sums(look.score, shift)
+
+# %% ../nbs/12_health.ipynb #893f4257
+def numbers_of_sums(sums: dict[str, Tensor], images: int) -> dict[str, float]:
+    """Plain numbers, by name, from the sums of `sums_of` over `images` images; read at once.
+
+    Those that make no sense are absent.
+    """
+    found = look_numbers(sums, images)
+    if "powers" in sums:
+        found |= score_numbers(sums, images)
+    values = torch.stack(list(found.values())).tolist()
+    return {name: v for name, v in sorted(zip(found, values)) if math.isfinite(v)}
+
 # %% ../nbs/12_health.ipynb #37022b66
 class Health:
     """Adds up looks at an objective of this `grid` on the device; `numbers` reads them once."""
@@ -223,9 +247,7 @@ class Health:
         if not self.images:
             self.near = closeness(self.grid, look.hidden.device)
             self.shift = None if look.score is None else look.score.double().mean()
-        fresh = look_sums(look, self.near)
-        if look.score is not None:
-            fresh |= score_sums(look.score, self.shift)
+        fresh = sums_of(look, self.near, self.shift)
         self.sums = {name: self.sums.get(name, 0) + value for name, value in fresh.items()}
         self.images += len(look.hidden)
         self.masks.append(look.hidden.to(torch.uint8))
@@ -236,11 +258,8 @@ class Health:
 
     def numbers(self) -> dict[str, float]:
         """The numbers as `health.<name>`; those that make no sense here are absent."""
-        found = look_numbers(self.sums, self.images)
-        if "powers" in self.sums:
-            found |= score_numbers(self.sums, self.images)
-        values = torch.stack(list(found.values())).tolist()
-        return {f"health.{name}": v for name, v in sorted(zip(found, values)) if math.isfinite(v)}
+        found = numbers_of_sums(self.sums, self.images)
+        return {f"health.{name}": value for name, value in found.items()}
 
 # %% ../nbs/12_health.ipynb #0b36d8ba
 UNDECIDED = 0.02  # standard deviation of scores below which they are one value

@@ -7,8 +7,8 @@ __all__ = ['NUMBERS', 'THREADS', 'INJECTED', 'MADE', 'MISSING', 'arguments', 'ki
            'check_block', 'sizes', 'patches', 'ratio_problem', 'heads_problem', 'leaves', 'check_numbers',
            'check_model', 'check_device', 'check_build', 'validate', 'read_valid', 'fingerprint', 'read_valid_once',
            'stage_notebook', 'parameter_names', 'chosen', 'refuse_unknown', 'surroundings', 'environment', 'Follower',
-           'followed', 'tidy_text', 'tidy_outputs', 'tidy', 'StageError', 'needs', 'failure', 'execute', 'Relay',
-           'attended', 'children', 'execute_or_explain', 'as_bytes', 'run_stage', 'from_the_top', 'fix_links',
+           'followed', 'tidy_text', 'tidy_outputs', 'tidy', 'StageError', 'needs', 'failure', 'execute', 'Caught',
+           'Relay', 'attended', 'children', 'execute_or_explain', 'as_bytes', 'run_stage', 'from_the_top', 'fix_links',
            'output_markdown', 'cell_markdown', 'readme', 'write_readme', 'Difference', 'close', 'number', 'contents',
            'compare_files', 'compare', 'report', 'rebuild', 'verify']
 
@@ -484,22 +484,34 @@ def execute(source, partial, parameters, root):
             config=traitlets.Config(KernelManager=kernel),
         )
 
-# %% ../nbs/14_pipeline.ipynb #4d694106
-class Relay:
-    """Hands SIGTERM and SIGUSR1 on to `kernels()` while its block runs. Once: the next interrupts.
-
-    So is one without a kernel, and one that is not followed by a UserError of the kernel's.
-    """
+# %% ../nbs/14_pipeline.ipynb #b6bd2b91
+class Caught:
+    """While its block runs, SIGTERM and SIGUSR1 come to `hand_on`, and then to whom they came before."""
 
     signals = (signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, kernels):
-        self.kernels, self.given = kernels, False
+    def hand_on(self, number, frame):
+        """What to do with a signal."""
+        raise NotImplementedError
 
     def __enter__(self):
         listens = threading.current_thread() is threading.main_thread()  # where signals arrive
         self.old = {n: signal.signal(n, self.hand_on) for n in self.signals if listens}
         return self
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+# %% ../nbs/14_pipeline.ipynb #4d694106
+class Relay(Caught):
+    """Hands SIGTERM and SIGUSR1 on to `kernels()` while its block runs. Once: the next interrupts.
+
+    So is one without a kernel, and one that is not followed by a UserError of the kernel's.
+    """
+
+    def __init__(self, kernels):
+        self.kernels, self.given = kernels, False
 
     def hand_on(self, number, frame):
         """Pass the signal to every kernel, if it is the first."""
@@ -511,8 +523,7 @@ class Relay:
             kernel.send_signal(number)
 
     def __exit__(self, kind, error, trace):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
+        super().__exit__(kind, error, trace)
         if self.given and kind is not None and not issubclass(kind, UserError):
             raise KeyboardInterrupt from None
 

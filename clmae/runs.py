@@ -7,8 +7,8 @@ __all__ = ['MONITOR_BANK', 'HEALTH_IMAGES', 'SAFETY', 'CONSISTENCY_IMAGES', 'bui
            'plan', 'knn_every', 'write_curves', 'Milestones', 'to_pixels', 'spread', 'part_of', 'shot_of', 'Shooting',
            'Recorder', 'fingerprint', 'speaker', 'open_stores', 'thinned', 'Reader', 'validation_monitor', 'assemble',
            'compile_if_possible', 'one_line', 'course_settings', 'memory_adviser', 'train_it', 'summary', 'leave',
-           'write_time', 'recipe_of', 'batches_of', 'decisive', 'workshop', 'health_monitor', 'pretrain_run', 'splits',
-           'probes', 'write_map', 'evaluate_run', 'baselines_run', 'replay']
+           'write_time', 'recipe_of', 'batches_of', 'decisive', 'workshop', 'health_monitor', 'train_watched',
+           'pretrain_run', 'splits', 'probes', 'write_map', 'evaluate_run', 'baselines_run', 'replay']
 
 # %% ../nbs/15_runs.ipynb #5d6406c6
 import hashlib
@@ -310,7 +310,7 @@ def assemble(objective: dict, data: Data, model: Model, train: Train, seed: int,
     checkpoint_activations(trained.mae, train.checkpoint_activations)
     return trained, spent
 
-
+# %% ../nbs/15_runs.ipynb #66af20cc
 def compile_if_possible(objective: Objective, device) -> None:
     """Compile the objective's blocks for a device; a warning that says why, if that can't be done here."""
     trouble = compile_trouble(device)
@@ -473,6 +473,24 @@ def health_monitor(val_store: Store, evaluate: Evaluate, device, seed: int, fold
     patients = Reader(thinned(val_store, HEALTH_IMAGES), evaluate.batch_size, device)
     return HealthMonitor(patients, seed=seed, folder=folder)
 
+# %% ../nbs/15_runs.ipynb #25d129b6
+def train_watched(
+    objective, batches, spent, work, stores, *, train: Train, film: Film, evaluate: Evaluate, seed, fabric,
+    **how,
+) -> tuple[Recorder, list[dict]]:  # fmt: skip
+    """`train_it` under the eyes of kNN, health and film; the recorder of the film, and the history.
+
+    `stores`: training and validation images. `how`: recipe, report and say.
+    """
+    device, val_store = fabric.device, stores[1]
+    recorder = Recorder(val_store, work, seed, len(spent), **film.model_dump())
+    monitor = validation_monitor(*stores, evaluate, device)
+    health = health_monitor(val_store, evaluate, device, seed, work)
+    watched = {"monitor": monitor, "health": health, "recorder": recorder}
+    return recorder, train_it(
+        objective, batches, spent, work, train=train, seed=seed, fabric=fabric, **watched, **how
+    )
+
 # %% ../nbs/15_runs.ipynb #32f432b2
 def pretrain_run(
     *, run: str, seed: int, objective: dict, data: Data, model: Model, train: Train, film: Film,
@@ -485,23 +503,18 @@ def pretrain_run(
     """
     root, name, began = home(folder), f"{run}-{seed}", time.monotonic()
     torch.set_num_threads(train.threads)
-    train_store, val_store = open_stores(root / "build/prepared", data, "train", "val")
+    stores = open_stores(root / "build/prepared", data, "train", "val")
     fabric = launch(train.device, train.precision)
-    batches, read = batches_of(data, train, shards or Shards(), train_store, seed, fabric.device, root)
-    trained, spent = assemble(objective, data, model, train, seed, train_store, batches)
+    batches, read = batches_of(data, train, shards or Shards(), stores[0], seed, fabric.device, root)
+    trained, spent = assemble(objective, data, model, train, seed, stores[0], batches)
     if train.compile:
         compile_if_possible(trained, fabric.device)
-    parts = decisive(objective, data, model, train, film, evaluate) | read
-    work = workshop(root, name, seed=seed, **parts)
+    work = workshop(root, name, seed=seed, **decisive(objective, data, model, train, film, evaluate), **read)
+    recipe = recipe_of(objective, data, model, train, seed, stores[0], len(spent), batches)
+    how = {"train": train, "film": film, "evaluate": evaluate, "seed": seed, "fabric": fabric}
+    how |= {"recipe": recipe, "report": report, "say": say or speaker()}
     with Lock(work / "lock", f"the run {name}") if fabric.is_global_zero else nullcontext():
-        recorder = Recorder(val_store, work, seed, len(spent), **film.model_dump())
-        monitor = validation_monitor(train_store, val_store, evaluate, fabric.device)
-        health = health_monitor(val_store, evaluate, fabric.device, seed, work)
-        history = train_it(
-            trained, batches, spent, work, train=train, seed=seed, fabric=fabric, monitor=monitor,
-            health=health, recorder=recorder, report=report, say=say or speaker(),
-            recipe=recipe_of(objective, data, model, train, seed, train_store, len(spent), batches),
-        )  # fmt: skip
+        recorder, history = train_watched(trained, batches, spent, work, stores, **how)
         record = summary(run, seed, trained, batches, history)
         if fabric.is_global_zero:
             leave(root, name, work, trained, recorder, history, record)

@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from contextlib import redirect_stdout
+import weakref
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from clmae import cost
 from clmae.__main__ import main
@@ -18,7 +21,7 @@ from clmae.config import UserError, read_yaml
 from clmae.mae import build_mae
 from clmae.masking import Draw
 from clmae.objectives import make_objective, objectives
-from clmae.vit import presets
+from clmae.vit import checkpoint_activations, presets
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = read_yaml(ROOT / "params.yaml")["objectives"]
@@ -73,6 +76,70 @@ def test_operations_and_kept_bytes_are_those_of_pytorch(case, shape):
     for phase, (flops, kept) in found.items():
         assert predicted[phase].flops == pytest.approx(flops, rel=0.03), phase
         assert predicted[phase].kept() == pytest.approx(kept, rel=0.15), phase
+
+
+@contextmanager
+def computed_again(objective):
+    """The objective with its blocks computed again in backward, for as long as the context lasts."""
+    checkpoint_activations(objective.mae)
+    yield objective
+    checkpoint_activations(objective.mae, on=False)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_computed_again_is_counted_and_not_kept(case, shape):
+    plain = cost.phase_costs(make(case, shape), 3, 0.4)
+    with computed_again(make(case, shape)) as objective:
+        again = cost.phase_costs(objective, 3, 0.4)
+        found = cost.measure(objective, images_for(objective), 0.4)
+    for phase, (flops, kept) in found.items():
+        assert again[phase].flops == pytest.approx(flops, rel=0.03), phase
+        assert again[phase].kept() == pytest.approx(kept, rel=0.15), phase
+    assert again["mae"].kept() < 0.6 * plain["mae"].kept() and again["mae"].flops > plain["mae"].flops
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that lived at a time of what was made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.alive = set()
+
+    def gone(self, place, size):
+        self.now -= size
+        self.alive.discard(place)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        known = self.alive | {cost.storage(tensor) for tensor in tensors}
+        for tensor in (t for t in tree_leaves(made) if isinstance(t, torch.Tensor)):
+            store, place = tensor.untyped_storage(), cost.storage(tensor)
+            if place not in known and store.nbytes():
+                self.alive.add(place)
+                known.add(place)
+                self.now += store.nbytes()
+                weakref.finalize(store, self.gone, place, store.nbytes())
+        self.most = max(self.most, self.now)
+        return made
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("case", ["mae", "rc_mae", "emae", "cl_mae", "scale"])
+def test_kept_and_working_bytes_are_the_peak(case, again):
+    sizes = {"width": 96, "depth": 6, "decoder_width": 64, "decoder_depth": 4}
+    objective = make_objective(build_mae(64, 8, **sizes), **CASES[case])
+    checkpoint_activations(objective.mae, again)
+    images, draw = images_for(objective, 8), Draw(seed=(0,))
+    working = cost.working_bytes(objective, 8, "32", fused=False)
+    for phase, predicted in cost.phase_costs(objective, 8).items():
+        with Peak() as peak:
+            total = objective.loss(phase, images, 0.0, draw).total
+            torch.autograd.grad(total, list(objective.nets[phase].parameters()), allow_unused=True)
+        del total
+        assert 0.9 * peak.most < predicted.kept() + working < 1.35 * peak.most, phase
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -172,6 +239,23 @@ def test_plan_counts_steps_as_training_does():
     assert few["steps"] == 10 and few["learning_rate"] == pytest.approx(1.5e-4 * 100 / 256)
 
 
+def test_plan_with_blocks_computed_again():
+    """The same training in more operations and less memory."""
+    plain, again = (cost.plan("large", gpus=8, again=on) for on in (False, True))
+    assert again["steps"] == plain["steps"] and 1.2 < again["flops"] / plain["flops"] < 4 / 3
+    assert again["memory"]["kept"] < 0.2 * plain["memory"]["kept"] and "again" in cost.describe(again)
+    few, many = (cost.plan("large", gpus=4, room=48e9, again=on)["accumulate"] for on in (True, False))
+    assert few < many
+
+
+def test_advice_knows_what_is_computed_again():
+    objective = make("mae", device="meta")
+    with computed_again(objective):
+        room = 1.2 * sum(cost.memory(objective, 512).values())
+        assert "by the cost model they fit" in cost.advise(objective, room)(512, 1)
+    assert " images fit into" in cost.advise(objective, room)(512, 1)
+
+
 def test_plan_says_what_limits():
     assert cost.plan("large", gpus=1, room=24e9)["limit"].startswith("memory: ")
     assert cost.plan("large", gpus=1, room=2e9)["accumulate"] is None
@@ -232,6 +316,17 @@ def test_plan_on_the_command_line(tmp_path, monkeypatch):
 def test_plan_of_a_run(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert "teacher" in said("--run", "rc_mae") and "masker" in said("--run", "cl_mae")
+
+
+def test_plan_reads_whether_blocks_are_computed_again(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "params.yaml").read_text()
+    Path("params.yaml").write_text(
+        text.replace("checkpoint_activations: false", "checkpoint_activations: true")
+    )
+    asked = said("--checkpoint-activations")
+    assert "blocks forward again" in asked and said("--run", "mae") == asked
+    assert said("--run", "mae", "--params", str(ROOT / "params.yaml")) == said()
 
 
 def test_unknown_run_is_one_line(monkeypatch, capsys):

@@ -163,6 +163,14 @@ def test_the_cure_for_too_little_memory_fits(share):
         assert (line.state == "ok") == (NEED <= 0.9 * room)
 
 
+def test_memory_knows_what_is_computed_again(here):
+    sparing = config(checkpoint_activations=True)
+    course = course_of(here, sparing, "cl_mae")
+    again, plain = (cost.memory(each.objective, 16, fused=False)["kept"] for each in (course, COURSE))
+    assert again < 0.8 * plain
+    assert f"{cost.in_words(again)} of it for backward" in doctor.memory(course, sparing.train, 1e12).said
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_course(tmp_path_factory):
     global COURSE, NEED
