@@ -220,7 +220,7 @@ def ready(job: Job, records: dict) -> bool:
 PACKAGES = ("torch", "timm", "lightning", "numpy", "scikit-learn")
 
 
-def commit(root: Path) -> str:
+def commit(root: Path, params: str = "params.yaml") -> str:
     """The checked-out commit, with a `+` if code or parameters differ from it; "unknown" outside git."""
 
     def git(*words) -> str:
@@ -228,7 +228,7 @@ def commit(root: Path) -> str:
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
     state = git("rev-parse", "HEAD")
-    differs = state != "unknown" and git("status", "--porcelain", "--", "clmae", "params.yaml")
+    differs = state != "unknown" and git("status", "--porcelain", "--", "clmae", params)
     return state + "+" * bool(differs)
 
 # %% ../nbs/20_bakeoff.ipynb #5be8b067
@@ -371,7 +371,7 @@ def perform(job: Job, config: Config, label: str, root: Path, params: str, prepa
         "stage": "run" if job.factor is None else "tune", "family": arms[job.arm].family, "factor": factor,
         "against": arms[job.arm].against, "block": block, "base_lr": sections["train"].base_lr,
         "settings": {name: section.model_dump(mode="json") for name, section in sections.items()},
-        "commit": commit(root), "versions": versions(*PACKAGES),
+        "commit": commit(root, params), "versions": versions(*PACKAGES),
         "command": command_of(job, label, params, prepared),
     }  # fmt: skip
     found = once(folder / "trained.json", lambda: trained(job, block, sections, folder))

@@ -49,6 +49,22 @@ def test_numbers_are_those_of_metrics():
             assert numbers(cell) == pytest.approx(expected, abs=0.0501), (label, probe)
 
 
+def test_both_methods_beat_what_needs_no_training():
+    """Outside the 95 % intervals over test images; MAE by ten points over an encoder that learned nothing."""
+    metrics = json.loads((ROOT / "results/metrics.json").read_text())
+    for probe in ("knn", "linear"):
+        for run in ("mae", "cl_mae"):
+            for baseline in metrics["baselines"].values():
+                assert metrics["runs"][run][probe]["low"] > baseline[probe]["high"]
+        assert metrics["runs"]["mae"][probe]["mean"] > 0.1 + metrics["baselines"]["random"][probe]["mean"]
+
+
+def test_the_curriculum_turns_and_the_masker_lives():
+    health = json.loads((ROOT / "results/metrics.json").read_text())["runs"]["cl_mae"]["health"]
+    assert health["gap"]["first_quarter"] <= 0.95 and health["gap"]["last_quarter"] >= 1.05
+    assert health["verdict"] == "alive" and health["alive"] == 1
+
+
 def test_links_lead_somewhere():
     targets = re.findall(r"\]\(([^)\s]+)\)", README)
     local = [target.split("#")[0] for target in targets if "://" not in target]
