@@ -383,9 +383,6 @@ def git(*words) -> subprocess.CompletedProcess:
 
 # what entered the module with the protocol of each set
 WRITTEN = {"embedded": "TUNING_SEED", "cifar10": "arms_of"}
-    "embedded": "TUNING_SEED",
-    "cifar10": "arms_of",
-}  # what entered the module with the protocol of a set
 
 
 @pytest.mark.skipif(not RECORDS or shutil.which("git") is None, reason="no records, or no git")
