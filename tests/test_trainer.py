@@ -224,6 +224,42 @@ def test_micro_batches_are_the_batch():
         torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-9)
 
 
+class Waves(Noise):
+    """Images that can be learned: waves of one length, each with a phase of its own."""
+
+    def __init__(self):
+        super().__init__()
+        y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+        phases = torch.rand(len(self.images), 1, 1, 1, generator=torch.Generator().manual_seed(1))
+        self.images = torch.sin(0.8 * x + 0.4 * y + 6.3 * phases).expand_as(self.images).contiguous()
+
+
+class HalfNoise(Waves):
+    """The same on the left; on the right noise that nobody can foretell."""
+
+    def __init__(self):
+        super().__init__()
+        self.images[..., 8:] = torch.randn(
+            len(self.images), 3, 16, 8, generator=torch.Generator().manual_seed(2)
+        )
+
+
+@everyone
+def test_training_learns_and_a_twin_learns_the_same(name):
+    first, twin = (fit(make(name), Waves(), steps=60, rate=5e-3) for _ in range(2))
+    assert first == twin
+    assert first[-1]["loss.mae.reconstruction"] < 0.9 * first[0]["loss.mae.reconstruction"]
+
+
+def test_a_masker_learns_what_is_hard():
+    torch.manual_seed(0)
+    mae = build_mae(16, 4, width=32, depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
+    masker = {"depth": 1, "heads": 2, "head": "token"}
+    objective = make_objective(mae, "cl_mae", estimator="rank", temperature=1.0, masker=masker)
+    history = fit(objective, HalfNoise(), steps=120, rate=5e-3)
+    assert history[-1]["loss.masker.total"] < 0.9 * history[0]["loss.masker.total"]
+
+
 @everyone
 def test_bf16_trains_as_well(name):
     losses = {}
