@@ -1,5 +1,6 @@
 """The scripts behind `make check` and `make record` notice what they are there for."""
 
+import hashlib
 import json
 import runpy
 import shutil
@@ -92,6 +93,18 @@ def test_style_and_size_are_noticed(restored):
     assert any("F401" in line for line in checks["linted"]())
     assert any("00_a.ipynb" in line for line in checks["formatted"]())
     assert checks["small"]() == ["nbs/00_a.ipynb: 501 kB"]
+
+
+def test_results_of_other_code_are_noted(restored):
+    module = restored / "clmae/a.py"
+    md5 = hashlib.md5(module.read_bytes()).hexdigest()
+    folder = {"path": "build/prepared", "md5": "0.dir"}  # not one file, not looked at
+    lock = {"stages": {"pretrain": {"deps": [{"path": "clmae/a.py", "md5": md5}, folder]}}}
+    (restored / "dvc.lock").write_text(json.dumps(lock))
+    assert script("check", restored)["behind"]() == []
+    module.write_text(module.read_text() + "\n# more\n")
+    assert script("check", restored)["behind"]() == ["clmae/a.py has changed since"]
+    (restored / "dvc.lock").unlink()
 
 
 def test_times_are_recorded_with_the_machine(tmp_path):
