@@ -57,7 +57,7 @@ def fastest(precision: str, device: str, sizes: tuple[int, ...] | None = None) -
     return max(sizes, key=lambda n: n**3 * rate(product(n, precision, device, 2), device))
 
 
-def probe(precision: str, device: str, sizes: tuple[int, ...] | None = None, count: int = 8) -> Contestant:
+def probe(precision: str, device: str, sizes: tuple[int, ...] | None = None, count: int = 4) -> Contestant:
     """`count` products as a contestant; its operations are 2·n³ each."""
     size = fastest(precision, device, sizes)
     phases = {"step": product(size, precision, device, count)}
