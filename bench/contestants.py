@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clmae.config import Config
+from clmae.cost import step_flops
 from clmae.losses import GAUSS_WEIGHT
 from clmae.mae import MAE, build_mae
 from clmae.masking import Draw, Hiding
@@ -23,7 +24,10 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a preset of clmae/vit.py, square images and patches (px), images a step, rounds."""
+    """What is measured: a preset of clmae/vit.py, square images and patches (px), images a step, rounds.
+
+    With `mae_only` no CL-MAE competes.
+    """
 
     name: str
     preset: str
@@ -33,6 +37,7 @@ class Case:
     rounds: int
     title: str
     changes: dict = field(default_factory=dict)
+    mae_only: bool = False
 
     def mae(self) -> MAE:
         """A fresh MAE of this size, the same at every call."""
@@ -49,7 +54,8 @@ class Case:
 class Contestant:
     """One method's training step, in phases that are timed one by one; `cycle` steps make up one sample.
 
-    A phase takes the number of the step. `precision` is 32 or bf16.
+    A phase takes the number of the step. `precision` is 32 or bf16. `operations` are those of the matrix
+    products that a step cannot do without, by the cost model; 0 where it doesn't say.
     """
 
     name: str
@@ -57,6 +63,7 @@ class Contestant:
     parameters: int
     phases: dict[str, Callable[[int], None]]
     cycle: int = 1
+    operations: float = 0.0
 
 
 def trainable(net: nn.Module) -> int:
@@ -70,6 +77,7 @@ def ours(
     """Our trainer's step, with the settings of a block of params.yaml."""
     fabric = make_fabric(device, precision)
     objective = make_objective(case.mae(), epochs=EPOCHS, **settings)
+    operations = step_flops(objective, case.batch)
     if compiled:
         compile_blocks(objective)
     objective.calls = {net: fabric.setup_module(module) for net, module in objective.nets.items()}
@@ -81,7 +89,7 @@ def ours(
         one_step(fabric, objective, optimizers, number, [(images, draw)], POS, RATE, None)
 
     every = objective.turns.every if hasattr(objective, "turns") else 1
-    return Contestant(name, precision, trainable(objective), {"step": step}, every)
+    return Contestant(name, precision, trainable(objective), {"step": step}, every, operations)
 
 
 def autocast(device: str, precision: str):
@@ -103,16 +111,24 @@ def move(optimizer, loss: Callable[[], Tensor], device: str, precision: str) -> 
     optimizer.zero_grad()
 
 
-def masked(name: str, case: Case, precision: str, device: str, build, **how) -> Contestant:
+def mae_operations(case: Case) -> float:
+    """Operations of an MAE's step, whoever wrote it: the network is the same."""
+    return step_flops(MaskedAutoencoding(case.mae()), case.batch)
+
+
+def masked(
+    name: str, case: Case, precision: str, device: str, build, compiled: bool = False, **how
+) -> Contestant:
     """The step of an MAE `build(our MAE)` whose forward takes images and noise and gives the loss."""
     net = build(case.mae()).to(device)
+    call = torch.compile(net) if compiled else net
     optimizer, images, n = adamw(net, **how), case.images().to(device), case.mae().encoder.n
 
     def step(number: int) -> None:
         noise = torch.rand(case.batch, n, device=device)
-        move(optimizer, lambda: net(images, noise), device, precision)
+        move(optimizer, lambda: call(images, noise), device, precision)
 
-    return Contestant(name, precision, trainable(net), {"step": step})
+    return Contestant(name, precision, trainable(net), {"step": step}, operations=mae_operations(case))
 
 
 def textbook_mae(ours: MAE) -> textbook.MAE:
@@ -176,13 +192,29 @@ def blocks(params: Config) -> dict[str, dict]:
     return {name: params.objectives[block] for name, block in named.items()}
 
 
-def contestants(case: Case, precision: str, device: str, params: Config) -> list[Contestant]:
+def mae_contestants(case: Case, precision: str, device: str, block: dict, compiled: bool) -> list[Contestant]:
+    """The MAEs, ours first; with `compiled` also ours and Hugging Face's as torch.compile makes them."""
+    known, fast = libraries(), {"fused": True}
+    found = [ours("MAE, ours", case, precision, device, block)]
+    found += [masked(name, case, precision, device, net, **fast) for name, net in known.items()]
+    found.append(masked("MAE, textbook", case, precision, device, textbook_mae))
+    if compiled:
+        found.append(ours("MAE, ours, compiled", case, precision, device, block, compiled=True))
+    if compiled and (net := known.get("MAE, Hugging Face")):
+        name = "MAE, Hugging Face, compiled"
+        found.append(masked(name, case, precision, device, net, compiled=True, **fast))
+    return found
+
+
+def contestants(
+    case: Case, precision: str, device: str, params: Config, compiled: bool = False
+) -> list[Contestant]:
     """All that compete in a case at a precision."""
-    fast = {"fused": True}
-    mine = [ours(name, case, precision, device, block) for name, block in blocks(params).items()]
-    theirs = [masked(name, case, precision, device, net, **fast) for name, net in libraries().items()]
-    plain = masked("MAE, textbook", case, precision, device, textbook_mae)
-    found = [mine[0], *theirs, plain, *textbook_phases(case, precision, device), *mine[1:]]
+    named = blocks(params)
+    found = mae_contestants(case, precision, device, named.pop("MAE, ours"), compiled)
+    if not case.mae_only:
+        found += textbook_phases(case, precision, device)
+        found += [ours(name, case, precision, device, block) for name, block in named.items()]
     same_size(found)
     return found
 
@@ -230,6 +262,8 @@ def check(case: Case, params: Config, images: int = 4) -> dict[str, float]:
         loss = objective.loss("mae", batch, POS, draw).total
         for name, build in {**libraries(), "MAE, textbook": textbook_mae}.items():
             found[name] = same_loss(name, build(mae).double()(batch, noise), loss)
+    if case.mae_only:
+        return found
     return found | check_phases(mae, batch, draw, blocks(params)["CL-MAE, ours faithful"])
 
 

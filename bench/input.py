@@ -24,11 +24,11 @@ from PIL import Image
 from clmae.config import UserError
 from clmae.data import Store, TrainBatches, cores, prepare
 from clmae.files import find_root, write_json
-from clmae.machine import machine, versions
 from clmae.shards import open_shards, shard
 
 from .contestants import Case, ours
-from .run import clock, summary
+from .record import about, summary
+from .run import clock
 
 SPECTRUM = 1.0  # the amplitude falls as 1/f, as in photographs
 QUALITY = 90
@@ -50,9 +50,9 @@ class Input:
         return (self.training.image, self.training.image)
 
 
-TINY = Case("tiny", "tiny", 32, 4, 64, 5, "ViT-Tiny/4, 32 px")
-SMALL = Case("small", "small", 224, 16, 16, 3, "ViT-Small/16, 224 px")
-INPUTS = [Input((32, 32), 4096, 256, 8, 5, TINY), Input((375, 500), 512, 64, 4, 5, SMALL)]
+TINY = Case("tiny", "tiny", 32, 4, 64, 7, "ViT-Tiny/4, 32 px")
+SMALL = Case("small", "small", 224, 16, 16, 7, "ViT-Small/16, 224 px")
+INPUTS = [Input((32, 32), 4096, 256, 8, 7, TINY), Input((375, 500), 512, 64, 4, 7, SMALL)]
 QUICK = Input((40, 48), 48, 8, 2, 1, Case("quick", "micro", 32, 8, 4, 1, "micro/8, 32 px", {"depth": 1}))
 GPU_BATCH = {"tiny": 1024, "small": 256}
 
@@ -141,6 +141,12 @@ def training_rate(case: Case, device: str, precision: str) -> list[float]:
     return [case.batch / each for each in seconds[2:]]
 
 
+def spread(reading: list[float], training: list[float]) -> dict[str, float]:
+    """The least and the most that reading, in a round of its own, may be of training."""
+    low, high = min(reading) / max(training), max(reading) / min(training)
+    return {"low": round(low, 3), "high": round(high, 3)}
+
+
 def measure(asked: Input, device: str, precision: str) -> dict:
     """All paths of one size, and the training beside them."""
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +160,8 @@ def measure(asked: Input, device: str, precision: str) -> dict:
         times = median(each) / median(train)
         rows.append(
             {"path": path, "workers": workers, "images_per_second": summary(each, 1)}
-            | {"times_training": round(times, 3), "share": round(1 / times, 4), "bottleneck": times < 1}
+            | {"times_training": round(times, 3), "times_training_spread": spread(each, train)}
+            | {"share": round(1 / times, 4), "bottleneck": times < 1}
         )
     case = {"preset": asked.training.preset, "patch": asked.training.patch, "batch": asked.training.batch}
     return {
@@ -162,6 +169,7 @@ def measure(asked: Input, device: str, precision: str) -> dict:
         "files": {"format": "JPEG", "quality": QUALITY, "height": asked.files[0], "width": asked.files[1]}
         | {"bytes": size, "count": asked.count},
         "image": asked.training.image,
+        "rounds": asked.rounds,
         "batch": asked.batch,
         "training": case | {"precision": precision, "images_per_second": summary(train, 1)},
         "paths": rows,
@@ -197,20 +205,21 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=["32", "bf16"], help="of the training (32; on a GPU bf16)")
     parser.add_argument("--out", type=Path, help="folder for input.json (results/bench)")
     parser.add_argument("--quick", action="store_true", help="the smallest case, into build/bench")
+    given = sys.argv[1:] if given is None else given
     asked = parser.parse_args(given)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     device, precision = asked.device, asked.precision or ("bf16" if asked.device == "cuda" else "32")
     sizes = [QUICK] if asked.quick else INPUTS
     if device == "cuda" and not asked.quick:
         sizes = [replace(s, training=replace(s.training, batch=GPU_BATCH[s.training.name])) for s in sizes]
-    record = {"device": device, "machine": machine(device), "sizes": []}
-    record["versions"] = versions("torch", "pillow", "webdataset", "timm")
+    root, packages = find_root(), ["torch", "pillow", "webdataset", "timm"]
+    record = about(root, "bench.input", given, device, packages) | {"sizes": []}
     try:
         record["sizes"] += [measure(size, device, precision) for size in sizes]
     except UserError as error:
         print(f"bench.input: error: {error}", file=sys.stderr)
         return 2
-    out = asked.out or find_root() / ("build/bench" if asked.quick else "results/bench")
+    out = asked.out or root / ("build/bench" if asked.quick else "results/bench")
     write_json(out / "input.json", record)
     print(table(record))
     return 0
