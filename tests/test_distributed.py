@@ -101,7 +101,7 @@ def test_one_is_killed_and_all_stop_with_a_clear_line(broken):
     assert (folder / "work-soft, few/step-8.json").exists()
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_any_number_goes_on(count, broken, single, tmp_path):
     for work in broken[0].glob("work*"):
         shutil.copytree(work, tmp_path / work.name)
