@@ -1,17 +1,21 @@
 """`python -m clmae`: what a user types, and the one line for each mistake."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from toyrepo import make_repository
 
 from clmae import doctor, pipeline, runs
 from clmae.__main__ import main, parser
-from clmae.config import Stopped, UserError, read_yaml
+from clmae.config import Stopped, UserError, parse, read_params, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = (ROOT / "params.yaml").read_text()
@@ -285,3 +289,78 @@ def test_without_the_extra_a_stage_says_what_to_install(tmp_path):
 def test_user_error_in_python_is_an_ordinary_exception():
     with pytest.raises(UserError):
         pipeline.read_valid("nowhere.yaml")
+
+
+TOY = {
+    "runs": ["cl_mae"],
+    "data": {"image_size": 32},
+    "model": {"patch_size": 4, "width": 16, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1},
+    "train": {"epochs": 4, "equal": "images", "batch_size": 16, "threads": 1, "monitor_epochs": 1},
+    "film": {"images": 1, "moments": 3, "average_over": 4},
+    "evaluate": {"k": 5},
+}  # 16 steps of CL-MAE as committed, 4 an epoch
+
+
+def toy(folder: Path) -> Path:
+    """A repository with prepared noise and the run `cl_mae`."""
+    folder.mkdir()
+    (folder / "dvc.yaml").write_text("stages: {}\n")
+    blocks = {"cl_mae": read_params(ROOT / "params.yaml").objectives["cl_mae"]}
+    make_repository(folder, parse(TOY | {"objectives": blocks}), side=32)
+    return folder
+
+
+def full_pipe() -> tuple[int, int]:
+    """Both ends of a pipe with no room left: who writes to it waits until it is read."""
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    for size in (4096, 1):
+        try:
+            while os.write(into, b"\n" * size):
+                pass
+        except BlockingIOError:
+            pass
+    os.set_blocking(into, True)
+    return out, into
+
+
+def left_by(top: Path) -> dict[str, bytes]:
+    """What a run leaves for others."""
+    places = [top / "build/runs/cl_mae-0", top / "results"]
+    found = [path for place in places for path in place.rglob("*") if path.is_file()]
+    return {str(path.relative_to(top)): path.read_bytes() for path in found}
+
+
+def test_a_run_that_is_sent_sigterm_saves_ends_with_zero_and_goes_on(tmp_path):
+    """The process is held where it says its first line: after step 4, at the speed of any machine."""
+    command = [sys.executable, "-m", "clmae", "pretrain"]
+    how = {"text": True, "env": os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}}
+    broken, whole = toy(tmp_path / "broken"), toy(tmp_path / "whole")
+    out, into = full_pipe()
+    with subprocess.Popen(command, cwd=broken, stdout=into, stderr=subprocess.PIPE, **how) as process:
+        os.close(into)
+        end = time.monotonic() + 300
+        try:
+            while not list(broken.glob("build/work/cl_mae-0-*/masks-4.safetensors")):  # just before the line
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < end, "it never came to the end of an epoch"
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            with open(out) as pipe:
+                lines = pipe.read().split("\n")  # to its end: now the process goes on
+            said = process.stderr.read()
+        except BaseException:
+            process.kill()
+            raise
+    assert process.returncode == 0, said
+    assert [line[:17] for line in lines if line] == ["epoch   1 · step "]
+    assert (
+        said.strip() == "clmae: stopped by SIGTERM after step 5 of 16, which is saved; run the same to go on"
+    )
+    [work] = broken.glob("build/work/cl_mae-0-*")
+    assert (work / "step-5.json").exists() and not (broken / "build/runs").exists()
+    again, once = (subprocess.run(command, cwd=top, capture_output=True, **how) for top in (broken, whole))
+    assert again.returncode == once.returncode == 0, again.stderr + once.stderr
+    assert re.findall(r"^epoch +(\d)", again.stdout, re.MULTILINE) == ["2", "3", "4"]
+    ends = left_by(broken), left_by(whole)
+    assert "build/runs/cl_mae-0/encoder.safetensors" in ends[0] and ends[0] == ends[1]
