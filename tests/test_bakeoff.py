@@ -2,9 +2,11 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -303,24 +305,37 @@ def test_a_rerun_that_differs_is_told_and_kept_out(here, capsys):
 
 
 def test_an_interrupted_run_leaves_no_record_and_goes_on(here, monkeypatch):
-    steps = []
+    """Asked to stop in its second epoch, it goes on there and ends with the numbers of a run in one go."""
 
-    def stop(**given):
-        given["report"] = lambda line: steps.append(line)
-        if not steps:
-            steps.append("begun")
-            raise Stopped("stopped by SIGTERM")
-        return real(**given)
+    def listen(**given):
+        return real(**given | {"report": hear})
 
-    real = bakeoff.pretrain_run
-    monkeypatch.setattr(bakeoff, "pretrain_run", stop)
+    def hear(line):
+        lines.append(line)
+        if len(lines) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def epochs():
+        told = [int(line.split()[1]) for line in lines if line]
+        lines[:] = [""]  # of later runs no line is the first
+        return told
+
+    write_params(here, config(epochs=9))
+    real, job, lines = bakeoff.pretrain_run, trials("cl_mae")[1], []
+    monkeypatch.setattr(bakeoff, "pretrain_run", listen)
     how = {"label": "embedded", "params": "params.yaml", "prepared": "build/prepared", "folder": here}
-    with pytest.raises(UserError):
-        bakeoff.run_one(trials("mae")[1], **how)
-    assert bakeoff.records_of(here, "embedded") == {}
-    record, differing = bakeoff.run_one(trials("mae")[1], **how)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 5 of 1[0-9],"):
+        bakeoff.run_one(job, **how)
+    assert epochs() == [1] and bakeoff.records_of(here, "embedded") == {}
+    [work] = (here / f"build/bakeoff/embedded/{job.name}/build/work").iterdir()
+    assert read_json(work / "step-5.json")["step"] == 5
+    record, differing = bakeoff.run_one(job, **how)
+    assert epochs() == [2, 3, 4]  # nothing is trained twice
     assert differing is None and record["seconds"] is None and record["cpu_seconds"] is None
-    assert not bakeoff.held(here, "embedded", trials("mae")[1])
+    assert not bakeoff.held(here, "embedded", job)
+    whole, differing = bakeoff.run_one(job, **how)
+    assert epochs() == [1, 2, 3, 4] and whole["cpu_seconds"] > 0 and differing == []
+    assert bakeoff.records_of(here, "embedded") == {job.name: json.loads(json.dumps(record))}
 
 
 def test_scoring_that_was_interrupted_does_not_train_again(here, monkeypatch):

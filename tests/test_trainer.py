@@ -4,12 +4,16 @@ import os
 import pickle
 import resource
 import signal
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from clmae import files
-from clmae.config import Stopped, UserError
+from clmae import data, files, trainer
+from clmae.config import Stopped, UserError, read_params
 from clmae.mae import build_mae, fill, load
 from clmae.objectives import Loss, make_objective, objectives
 from clmae.trainer import fit, make_fabric, replay_step
@@ -371,3 +375,92 @@ def test_recipes_take_micro_batches(recipe):
         ends.append(weights(objective))
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-8)
+
+
+METHODS = read_params(Path(__file__).resolve().parent.parent / "params.yaml").objectives
+WAITS = {  # operations whose result the host must have before it can go on
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount",
+    "histc", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave",
+}  # fmt: skip
+READS = "item tolist cpu numpy __array__ __bool__ __float__ __int__ __index__".split()
+
+
+class Readings(TorchDispatchMode):
+    """Within its block, notes (step, what) whenever a value of a tensor is brought to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.step, self.found = None, []
+
+    def note(self, what):
+        self.found.append((self.step, what))
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        chosen = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else []
+        if name in WAITS or any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in chosen):
+            self.note(name)
+        return operation(*args, **(kwargs or {}))
+
+    @contextmanager
+    def and_methods(self, monkeypatch):
+        """The block, with the methods of a tensor that copy without an operation noted, too."""
+
+        def noted(name):
+            real = getattr(torch.Tensor, name)
+            return lambda tensor, *args, **how: self.note(name) or real(tensor, *args, **how)
+
+        with self, monkeypatch.context() as patch:
+            for name in READS:
+                patch.setattr(torch.Tensor, name, noted(name))
+            yield
+
+
+@pytest.fixture
+def short_stories():
+    """240 prepared images of 32 px: an epoch of 60 batches of 4, augmented as in every run."""
+    pixels = torch.randint(256, (240, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    store = data.Store(pixels.byte().numpy(), [], [], [0.5] * 3, [0.25] * 3)
+    return data.TrainBatches(store, batch_size=4, seed=0)
+
+
+@pytest.mark.parametrize("name", ["mae", "cl_mae", "rc_mae", "emae"])
+def test_nothing_is_read_between_log_points(name, short_stories, monkeypatch):
+    """An accelerator is not waited for: losses are read where they are checked or told, in no other step."""
+    monkeypatch.setattr(
+        trainer, "time", SimpleNamespace(monotonic=lambda: 0.0)
+    )  # no line is due by the clock
+    sizes = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    torch.manual_seed(0)
+    mae, readings = build_mae(32, 4, width=32, depth=1, heads=2, **sizes), Readings()
+    objective, rows = make_objective(mae, **METHODS[name]), short_stories.rows
+    assert "masker" not in METHODS[name] or sum(objective.phases(s) == ("mae", "masker") for s in range(60))
+
+    def next_step(step, *which):
+        readings.step = step
+        return rows(step, *which)
+
+    monkeypatch.setattr(short_stories, "rows", next_step)
+    with readings.and_methods(monkeypatch):
+        history = fit(objective, short_stories, steps=60, rate=1e-3)
+    assert [line["step"] for line in history] == [60]
+    steps = {step for step, _ in readings.found} - {None}  # None: before the first
+    assert steps == {0, 50, 59}, [found for found in readings.found if found[0] not in (0, 50, 59)]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x.numpy(),
+        lambda x: bool(x[0] > 0), lambda x: float(x[0]), lambda x: int(x[0]), lambda x: x[x > 0],
+        lambda x: x.nonzero(), lambda x: torch.equal(x, x), lambda x: 1 if x.isfinite().all() else 0,
+        lambda x: f"{x[0]:.3f}", lambda x: torch.allclose(x, x),
+    ],
+)  # fmt: skip
+def test_every_way_to_read_a_tensor_is_noted(read, monkeypatch):
+    x, readings = torch.arange(3.0), Readings()
+    with readings.and_methods(monkeypatch):
+        (x * 2).exp().sum()
+        assert not readings.found
+        read(x)
+    assert readings.found
