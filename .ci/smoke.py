@@ -20,6 +20,7 @@ DVC = (sys.executable, "-m", "dvc")
 TOP = {"clmae", "nbs", "dvc.yaml", "params.yaml", "settings.ini", "setup.py", ".dvcignore"}
 ROWS = {"train": 240, "test": 96}
 TINY = {
+    "runs": ["mae", "cl_mae"],  # one net and two, which is all the pipeline can tell apart
     "model": {
         "width": 48,
         "depth": 2,
