@@ -202,7 +202,8 @@ def test_command_prints_the_page(tmp_path, monkeypatch, capsys):
 
 def test_table_has_a_row_for_each_arm_that_ran():
     table = readout.results_table(study(mae=BASE, noise=BASE[:1]))
-    assert list(table.index) == ["MAE", "noise"] and table.loc["noise", "20-NN (%)"] == "33.0"
+    name = "MAE, noise masks"
+    assert list(table.index) == ["MAE", name] and table.loc[name, "20-NN (%)"] == "33.0"
     assert table.loc["MAE", "20-NN (%)"] == "33.5 ± 0.8" and table.loc["MAE", "× MAE"] == "1.0"
 
 
