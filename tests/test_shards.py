@@ -278,7 +278,8 @@ def test_a_process_reads_only_its_lanes(found):
     ours = shards.ShardBatches(*found, lanes=2, **READ)
     for step in range(4):
         ours.rows(step, 4, 8)
-    assert ours.reader.lanes[0].coming is None and ours.reader.lanes[1].coming == 5
+    first, second = ours.reader.lanes
+    assert first.coming is None and second.coming in (4, 5)  # 5 if the next step has been read ahead
 
 
 def test_reading_ends_with_its_reader(found):
