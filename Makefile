@@ -32,7 +32,7 @@ repro: $(ENV) data ## rebuild every number and figure: images, pretraining, eval
 verify: $(ENV) ## rebuild the last commit in build/verify and compare it with the committed results
 	@$(RUN) -m clmae verify
 
-smoke: $(ENV) data ## the whole pipeline, tiny, in about a minute, in build/smoke
+smoke: $(ENV) data ## the whole pipeline, tiny, in a minute and a half, in build/smoke
 	@$(RUN) .ci/smoke.py
 
 test: $(ENV) data ## the whole test suite: pytest, then every notebook from top to bottom
