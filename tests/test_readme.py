@@ -65,6 +65,15 @@ def test_the_curriculum_turns_and_the_masker_lives():
     assert health["verdict"] == "alive" and health["alive"] == 1
 
 
+def test_typed_numbers_are_those_of_the_bake_off():
+    from clmae.bakeoff import arms
+    from clmae.config import read_params
+
+    section = README.split("\n## Does it pay?\n")[1].split("\n## ")[0]
+    assert f"{len(arms)} arms" in section
+    assert f"{read_params(ROOT / 'params.yaml').train.epochs} epochs of MAE" in section
+
+
 def test_links_lead_somewhere():
     targets = re.findall(r"\]\(([^)\s]+)\)", README)
     local = [target.split("#")[0] for target in targets if "://" not in target]
