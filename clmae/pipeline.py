@@ -514,13 +514,17 @@ class Relay(Caught):
         self.kernels, self.given = kernels, False
 
     def hand_on(self, number, frame):
-        """Pass the signal to every kernel, if it is the first."""
-        kernels = self.kernels()
-        if self.given or not kernels:
+        """Give the signal, if it is the first."""
+        if not self.give(number):
             raise KeyboardInterrupt
-        self.given = True
+
+    def give(self, number) -> bool:
+        """Pass a signal to every kernel, from any thread; False, and no more, without one or if it did."""
+        kernels = [] if self.given else self.kernels()
+        self.given = self.given or bool(kernels)
         for kernel in kernels:
             kernel.send_signal(number)
+        return bool(kernels)
 
     def __exit__(self, kind, error, trace):
         super().__exit__(kind, error, trace)
@@ -530,14 +534,16 @@ class Relay(Caught):
 # %% ../nbs/14_pipeline.ipynb #65fc09fa
 @contextmanager
 def attended(relay, pause=0.5):
-    """While the block runs as a stage of DVC, the end of the process that started us counts as SIGTERM."""
+    """While the block runs as a stage of DVC, the end of the process that started us counts as SIGTERM.
+
+    The kernel hears of it at once, whatever the main thread is doing; without a kernel this process ends.
+    """
     parent, done = os.getppid(), threading.Event()
 
     def loop():
-        while not done.wait(pause):
-            if os.getppid() != parent and not relay.given:
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+        while not done.wait(pause) and not relay.given:
+            if os.getppid() != parent:
+                return relay.give(signal.SIGTERM) or os.kill(os.getpid(), signal.SIGTERM)
 
     if "DVC_STAGE" in os.environ:
         threading.Thread(target=loop, daemon=True).start()

@@ -89,11 +89,11 @@ def steps_saved(top: Path, name: str = NAME) -> int:
     return max((int(path.stem.removeprefix("step-")) for path in found), default=0)
 
 
-def wait_until(condition, seconds: float = 60):
-    """Wait until the condition holds; fail if it takes longer than `seconds`."""
+def wait_until(condition, *involved: psutil.Process, seconds: float = 60):
+    """Wait until the condition holds; fail with the state of those involved after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never came"
+        assert time.monotonic() < end, f"it never came: {involved}"
         time.sleep(0.02)
 
 
@@ -316,9 +316,10 @@ def test_dvc_that_is_ended_lets_training_save(finished, tmp_path):
     process = start(top, f"pretrain@{NAME}")
     wait_for(process, lambda: steps_saved(top) > 0)
     with held_still(kernel_of(process)) as kernel:  # else it may be done before it is told to stop
+        stage = kernel.parent()
         process.terminate()  # DVC alone, which ends without a word to its stage
         process.wait()
-        wait_until(lambda: awaits(kernel, signal.SIGTERM))
+        wait_until(lambda: awaits(kernel, signal.SIGTERM), kernel, stage)
     said = process.communicate(timeout=120)[0]
     found = re.search(
         r"clmae: stopped by SIGTERM after step (\d+) of \d+, which is saved; run the same", said
