@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'TUNING_SEED', 'FACTORS', 'BUDGETS', 'LEVEL', 'MONITOR_EPOCHS', 'METHODS', 'CONTROLS', 'MASKS', 'ALONE',
-           'CURRICULA', 'SOFT', 'ESTIMATORS', 'SHARES', 'ABLATIONS', 'arms', 'SETS', 'PACKAGES', 'KEPT', 'NUMBERS',
-           'GUESS', 'Arm', 'changed', 'block_of', 'in_the_running', 'power', 'detectable', 'arms_of', 'Job', 'trials',
-           'counted', 'job_of', 'validation', 'goes_on', 'program', 'chosen_factor', 'ready', 'commit', 'peak_memory',
-           'Clock', 'told', 'workplace', 'settings', 'trained', 'scores', 'once', 'place', 'records_of', 'command_of',
-           'perform', 'lock_of', 'differences', 'run_one', 'usual', 'stretch', 'expected', 'missing', 'hours',
-           'listing', 'said', 'launch', 'held', 'next_job', 'run_missing', 'progress']
+           'CURRICULA', 'SOFT', 'ESTIMATORS', 'SHARES', 'ABLATIONS', 'arms', 'IDEAS', 'ideas', 'SETS', 'IMPROVED_ON',
+           'TRYING', 'CONFIRMING', 'PACKAGES', 'KEPT', 'NUMBERS', 'GUESS', 'Arm', 'changed', 'arm_named', 'block_of',
+           'in_the_running', 'power', 'detectable', 'arms_of', 'Job', 'trials', 'counted', 'job_of', 'validation',
+           'goes_on', 'chosen_factor', 'attempts', 'tried', 'best_idea', 'confirmation', 'program', 'ready', 'commit',
+           'peak_memory', 'Clock', 'told', 'workplace', 'settings', 'trained', 'scores', 'once', 'place', 'records_of',
+           'command_of', 'perform', 'lock_of', 'differences', 'run_one', 'usual', 'stretch', 'expected', 'missing',
+           'hours', 'listing', 'said', 'launch', 'held', 'next_job', 'run_missing', 'progress']
 
 # %% ../nbs/20_bakeoff.ipynb #5d6406c6
 import resource
@@ -88,18 +89,31 @@ arms: dict[str, Arm] = (
     | {f"cl_mae_{name}": Arm("cl_mae", "ablations", "cl_mae", c) for name, c in ABLATIONS.items()}
 )
 
+# %% ../nbs/20_bakeoff.ipynb #2ad726a5
+IDEAS = {
+    "short": {"curriculum.start": 0.3},
+    "late": {"share": {"start": 0.5, "end": 1.0}},
+    "mild": {"amplitude": 4.0},
+}
+ideas: dict[str, Arm] = {f"cl_mae_{name}": Arm("cl_mae", "ideas", "cl_mae", c) for name, c in IDEAS.items()}
+
 # %% ../nbs/20_bakeoff.ipynb #44fc8905
 def changed(block: dict, path: str, value) -> dict:
     """A copy of `block` with the key at `path` (in dots) set to `value`."""
     key, _, inner = path.partition(".")
     return block | {key: changed(block[key], inner, value) if inner else value}
 
+# %% ../nbs/20_bakeoff.ipynb #fbab7f9e
+def arm_named(name: str) -> Arm:
+    """An arm of the protocol, or an idea for CL-MAE. UserError for an unknown one."""
+    if name not in arms | ideas:
+        raise unknown("arm", name, arms | ideas, key="--arm")
+    return (arms | ideas)[name]
+
 # %% ../nbs/20_bakeoff.ipynb #592e9a11
 def block_of(name: str, config: Config) -> dict:
-    """The block of settings of an arm. UserError for an unknown arm."""
-    if name not in arms:
-        raise unknown("arm", name, arms, key="--arm")
-    arm = arms[name]
+    """The block of settings of an arm or an idea. UserError for an unknown one."""
+    arm = arm_named(name)
     return reduce(lambda block, item: changed(block, *item), arm.changes.items(), config.objectives[arm.base])
 
 # %% ../nbs/20_bakeoff.ipynb #c99168ac
@@ -134,6 +148,11 @@ def arms_of(label: str) -> list[str]:
     families = SETS.get(label, SETS["embedded"])
     return [name for name, arm in arms.items() if arm.family in families]
 
+# %% ../nbs/20_bakeoff.ipynb #8e116c57
+IMPROVED_ON = "embedded"
+TRYING = (101, 102, 103)
+CONFIRMING = (20, 21, 22, 23, 24)
+
 # %% ../nbs/20_bakeoff.ipynb #569279ad
 class Job(NamedTuple):
     """One run; `factor` of a tuning trial multiplies the base learning rate, None is a counted run."""
@@ -163,14 +182,15 @@ def counted(arm: str, seeds=SEEDS, budget: str = "flops") -> list[Job]:
 # %% ../nbs/20_bakeoff.ipynb #5bd34de9
 def job_of(budget: str, arm: str, seed: int, factor: float | None) -> Job:
     """The job that a command names; UserError for an unknown arm, or a trial that isn't the protocol's."""
-    if arm not in arms:
-        raise unknown("arm", arm, arms, key="--arm")
-    if factor is not None and Job(budget, arm, seed, factor) not in trials(arm):
-        allowed = ", ".join(f"{f:g}" for f in FACTORS)
+    asked, allowed = Job(budget, arm, seed, factor), trials(arm)
+    if arm_named(arm).family == "ideas" or arm == "cl_mae":
+        allowed = [Job("flops", arm, s, f) for s in (TUNING_SEED, *TRYING) for f in FACTORS]
+    if factor is not None and asked not in allowed:
+        seeds, factors = (", ".join(f"{v:g}" for v in sorted({job[i] for job in allowed})) for i in (2, 3))
         raise UserError(
-            f"--factor: trials have seed {TUNING_SEED}, equal flops and one of the factors {allowed}"
+            f"--factor: trials of {arm} have seed {seeds}, equal flops and one of the factors {factors}"
         )
-    return Job(budget, arm, seed, factor)
+    return asked
 
 # %% ../nbs/20_bakeoff.ipynb #94d96691
 def validation(records: dict, jobs: list[Job]) -> list[float]:
@@ -185,6 +205,48 @@ def goes_on(arm: str, records: dict) -> bool:
     first = validation(records, counted(arm, SEEDS[:1]))
     return len(reference) == len(SEEDS) and bool(first) and in_the_running(first[0], reference)
 
+# %% ../nbs/20_bakeoff.ipynb #53233bd8
+def chosen_factor(arm: str, records: dict) -> float | None:
+    """The factor of the best trial (of equals the smallest); None while a trial is missing.
+
+    An idea has that of its reference. UserError if every trial broke down.
+    """
+    scores = validation(records, trials(arm if arm in arms else ideas[arm].against))
+    if len(scores) < len(FACTORS):
+        return None
+    if max(scores) < 0:
+        raise UserError(f"{arm}: none of its tuning trials came to an end; lower train.base_lr")
+    return FACTORS[int(np.argmax(scores))]
+
+# %% ../nbs/20_bakeoff.ipynb #40023d69
+def attempts(records: dict) -> list[Job]:
+    """The validation runs of CL-MAE and of every idea at CL-MAE's rate; none before that is known."""
+    factor = chosen_factor("cl_mae", records)
+    return (
+        [Job("flops", arm, seed, factor) for seed in TRYING for arm in ("cl_mae", *ideas)] if factor else []
+    )
+
+# %% ../nbs/20_bakeoff.ipynb #88e08a38
+def tried(records: dict) -> dict[str, list[float]]:
+    """Validation accuracies by arm of those attempts that are recorded."""
+    jobs = attempts(records)
+    return {arm: validation(records, [job for job in jobs if job.arm == arm]) for arm in ("cl_mae", *ideas)}
+
+# %% ../nbs/20_bakeoff.ipynb #6b77c225
+def best_idea(records: dict) -> str | None:
+    """Which of CL-MAE and the ideas is best by mean validation accuracy; None while an attempt is missing."""
+    found = tried(records)
+    whole = all(len(values) == len(TRYING) for values in found.values())
+    return max(found, key=lambda arm: np.mean(found[arm])) if whole else None
+
+# %% ../nbs/20_bakeoff.ipynb #df6191ef
+def confirmation(records: dict) -> list[Job]:
+    """The counted runs of the best idea and of MAE with fresh seeds; none before the best is known."""
+    best = best_idea(records)
+    return (
+        [job for seed in CONFIRMING for arm in ("mae", best) for job in counted(arm, [seed])] if best else []
+    )
+
 # %% ../nbs/20_bakeoff.ipynb #2dda95e2
 def program(records: dict, label: str = "embedded") -> list[Job]:
     """Every job of the protocol on a set in its order, as far as the records (by name) decide who goes on."""
@@ -196,20 +258,8 @@ def program(records: dict, label: str = "embedded") -> list[Job]:
     jobs += [job for seed in SEEDS[1:] for arm in staying for job in counted(arm, [seed])]
     jobs += [job for arm in METHODS for job in counted(arm, SEEDS[:1], "images")]
     more = [arm for arm in METHODS if arm == "cl_mae" or arm in staying]
-    return jobs + [job for seed in SEEDS[1:] for arm in more for job in counted(arm, [seed], "images")]
-
-# %% ../nbs/20_bakeoff.ipynb #53233bd8
-def chosen_factor(arm: str, records: dict) -> float | None:
-    """The factor of the best trial (of equals the smallest); None while a trial is missing.
-
-    UserError if every trial broke down.
-    """
-    scores = validation(records, trials(arm))
-    if len(scores) < len(FACTORS):
-        return None
-    if max(scores) < 0:
-        raise UserError(f"{arm}: none of its tuning trials came to an end; lower train.base_lr")
-    return FACTORS[int(np.argmax(scores))]
+    jobs += [job for seed in SEEDS[1:] for arm in more for job in counted(arm, [seed], "images")]
+    return jobs + (attempts(records) + confirmation(records) if label == IMPROVED_ON else [])
 
 # %% ../nbs/20_bakeoff.ipynb #caedc431
 def ready(job: Job, records: dict) -> bool:
@@ -364,12 +414,12 @@ def perform(job: Job, config: Config, label: str, root: Path, params: str, prepa
         raise UserError(
             f"{job.arm}: not tuned yet; run `python -m clmae bakeoff --set {label}`, which does it first"
         )
-    block, sections = block_of(job.arm, config), settings(job, config, factor)
+    arm, block, sections = arm_named(job.arm), block_of(job.arm, config), settings(job, config, factor)
     folder = workplace(root, label, job, root / prepared)
     facts = {
         "set": label, "images_sha256": sha256(root / prepared / "manifest.json"), **job._asdict(),
-        "stage": "run" if job.factor is None else "tune", "family": arms[job.arm].family, "factor": factor,
-        "against": arms[job.arm].against, "block": block, "base_lr": sections["train"].base_lr,
+        "stage": "run" if job.factor is None else "tune", "family": arm.family, "factor": factor,
+        "against": arm.against, "block": block, "base_lr": sections["train"].base_lr,
         "settings": {name: section.model_dump(mode="json") for name, section in sections.items()},
         "commit": commit(root, params), "versions": versions(*PACKAGES),
         "command": command_of(job, label, params, prepared),
@@ -522,8 +572,13 @@ def run_missing(
     root, end = home(folder), time.monotonic() + 60 * minutes
     read_valid(params)
     while (job := next_job(root, label)) and (left := end - time.monotonic()) > 0:
-        if not start(command_of(job, label, params, prepared), left, root):
-            break
+        try:
+            if not start(command_of(job, label, params, prepared), left, root):
+                break
+        except UserError:
+            if not held(root, label, job):
+                raise
+            continue  # another process was quicker
         report(progress(job, records_of(root, label), label))
     return not missing(records_of(root, label), label)
 

@@ -7,8 +7,8 @@ __all__ = ['PROBES', 'COSTS', 'EMPTY', 'CALLED', 'WAYS', 'TONES', 'NAMED', 'row'
            'interval', 'holm', 'outcome', 'family_of', 'compare', 'called', 'points', 'sure', 'sentence', 'noise',
            'pilot', 'overall', 'given_up', 'conclusions', 'at_the_edge', 'draw_pair', 'draw_column', 'draw_forest',
            'curves_of', 'draw_ends', 'draw_operations', 'draw_gaps', 'health_table', 'milestones', 'arrival', 'mean_sd',
-           'median_or_dash', 'table_row', 'results_table', 'number', 'cost', 'still', 'as_plain', 'summary', 'pictures',
-           'read_out']
+           'median_or_dash', 'table_row', 'results_table', 'ideas_table', 'confirmed', 'verdict', 'improved', 'number',
+           'cost', 'still', 'as_plain', 'summary', 'pictures', 'read_out']
 
 # %% ../nbs/21_readout.ipynb #5d6406c6
 from collections.abc import Iterator
@@ -21,12 +21,16 @@ from scipy import stats
 
 from clmae.bakeoff import (
     BUDGETS,
+    CONFIRMING,
     FACTORS,
     LEVEL,
     METHODS,
     SEEDS,
+    TRYING,
     arms,
     arms_of,
+    attempts,
+    best_idea,
     chosen_factor,
     counted,
     detectable,
@@ -72,9 +76,10 @@ def row(record: dict) -> dict:
     return found | {name: record.get(key) for name, key in COSTS.items()}
 
 # %% ../nbs/21_readout.ipynb #8d2ce25e
-def table_of(records: dict) -> pd.DataFrame:
-    """A row for each counted run; MAE's are there for both budgets."""
-    rows = [row(record) for record in records.values() if record["stage"] == "run"]
+def table_of(records: dict, seeds=SEEDS) -> pd.DataFrame:
+    """A row for each counted run with these seeds; MAE's are there for both budgets."""
+    counts = [record for record in records.values() if record["stage"] == "run" and record["seed"] in seeds]
+    rows = [row(record) for record in counts]
     table = pd.DataFrame(rows, columns=list(row(EMPTY)))
     same = table[(table["arm"] == "mae") & (table["budget"] == "flops")].assign(budget="images")
     parts = [part for part in (table, same) if len(part)]
@@ -155,7 +160,8 @@ def compare(table: pd.DataFrame, budget: str = "flops", probe: str = "knn") -> p
 CALLED = {
     "noise": "MAE, noise masks", "hard": "MAE, hard masks", "mae_ema": "MAE, averaged weights",
     "cl_mae_frozen": "CL-MAE, masker frozen", "cl_mae_share25": "CL-MAE, ¼ learned",
-    "cl_mae_share50": "CL-MAE, ½ learned",
+    "cl_mae_share50": "CL-MAE, ½ learned", "cl_mae_short": "CL-MAE, short partner phase",
+    "cl_mae_late": "CL-MAE, ½ learned at first", "cl_mae_mild": "CL-MAE, milder",
 }  # fmt: skip
 
 
@@ -449,6 +455,50 @@ def results_table(records: dict, budget: str = "flops") -> pd.DataFrame:
     rows = [table_row(name, runs, base, records, budget) for name, runs in grouped.items() if len(runs)]
     return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()
 
+# %% ../nbs/21_readout.ipynb #7e0f7dd6
+def ideas_table(records: dict) -> pd.DataFrame:
+    """A row for CL-MAE and each idea that was tried: validation accuracies over its seeds, and the gap."""
+    jobs = [job for job in attempts(records) if job.name in records and not records[job.name]["failed"]]
+    rows = [
+        {"arm": job.arm, "knn": 100 * records[job.name]["validation_knn"], **records[job.name]["gap"]}
+        for job in jobs
+    ]
+    table = pd.DataFrame(rows, columns=["arm", "knn", "first_quarter", "last_quarter"])
+    grouped = table.groupby("arm", sort=False)
+    means = grouped[["first_quarter", "last_quarter"]].mean()
+    found = grouped["knn"].agg(seeds="count", mean="mean", sd="std")
+    return found.join(means).rename(index=called)
+
+# %% ../nbs/21_readout.ipynb #d2b289f8
+def confirmed(records: dict) -> Interval:
+    """The best idea minus MAE on test images with fresh seeds; no seeds before the best is known."""
+    best = best_idea(records)
+    table = table_of(records, CONFIRMING)
+    return interval(differences(table, best, "mae") if best else [])
+
+# %% ../nbs/21_readout.ipynb #f1d3bc26
+def verdict(best: str, r: Interval) -> str:
+    """The sentence on the best idea's one test."""
+    name, size = called(best), f"{points(r.centre)} ± {points(r.half, False)} points"
+    if r.seeds < len(CONFIRMING):
+        return f"{name} is to be confirmed with fresh seeds; {r.seeds} of {len(CONFIRMING)} have run."
+    p = f"({r.seeds} fresh seeds, {'p < 0.001' if r.p < 0.001 else f'p = {r.p:.3f}'}, one test)"
+    if r.p >= LEVEL:
+        return f"Confirmed once on test images, {name} is within noise of MAE: {size} {p}."
+    word = "beats" if r.centre > 0 else "loses to"
+    return f"Confirmed once on test images, {name} {word} MAE: {size} {p}."
+
+# %% ../nbs/21_readout.ipynb #ca077310
+def improved(records: dict) -> list[str]:
+    """What is known of the ideas, in sentences; none before one was tried."""
+    table, best = ideas_table(records), best_idea(records)
+    if not len(table):
+        return []
+    each = ", ".join(f"{name} {r.mean:.1f} %" for name, r in zip(table.index, table.itertuples(index=False)))
+    far = "" if best else " so far"
+    tale = f"Ideas for CL-MAE, mean validation accuracy{far} with {len(TRYING)} other seeds: {each}."
+    return [tale, verdict(best, confirmed(records))] if best else [tale]
+
 # %% ../nbs/21_readout.ipynb #dcf3e25e
 def number(jobs: list) -> str:
     """`1 run`, `2 runs`."""
@@ -495,7 +545,9 @@ def summary(records: dict, label: str = "embedded") -> dict:
             "noise": pilot(table),
             **{budget: conclusions(records, budget, label) for budget in BUDGETS},
             "rates": at_the_edge(records, label),
+            "ideas": improved(records),
         },
+        "ideas": as_plain(ideas_table(records)),
         "missing": still(records, label),
     }
 
@@ -524,5 +576,6 @@ def read_out(label: str = "embedded", folder=None) -> list[str]:
         told["noise"],
         *(line for budget in BUDGETS for line in told[budget]),
         *told["rates"],
+        *told["ideas"],
         *found["missing"],
     ]

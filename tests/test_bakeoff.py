@@ -19,7 +19,20 @@ from toyrepo import make_repository, write_params
 
 from clmae import bakeoff
 from clmae.__main__ import main
-from clmae.bakeoff import BUDGETS, FACTORS, SEEDS, Job, arms, counted, program, trials
+from clmae.bakeoff import (
+    BUDGETS,
+    CONFIRMING,
+    FACTORS,
+    SEEDS,
+    TRYING,
+    TUNING_SEED,
+    Job,
+    arms,
+    counted,
+    ideas,
+    program,
+    trials,
+)  # fmt: skip
 from clmae.config import Stopped, UserError, as_yaml, parse, read_params
 from clmae.files import Lock, read_json, write_json
 from clmae.mae import build_mae
@@ -45,7 +58,7 @@ ENDED = {
 # ---- arms
 
 
-@pytest.mark.parametrize("name", arms)
+@pytest.mark.parametrize("name", arms | ideas)
 def test_every_arm_builds_and_learns(name):
     block = bakeoff.block_of(name, CONFIG)
     validate(CONFIG.model_copy(update={"objectives": {name: block}}))
@@ -59,9 +72,10 @@ def test_every_arm_builds_and_learns(name):
         assert loss.total.isfinite() and any(g is not None and g.abs().sum() > 0 for g in grads)
 
 
-@pytest.mark.parametrize("name", arms)
+@pytest.mark.parametrize("name", arms | ideas)
 def test_an_arm_is_its_base_but_for_what_it_names(name):
-    block, base, arm = bakeoff.block_of(name, CONFIG), CONFIG.objectives[arms[name].base], arms[name]
+    arm = bakeoff.arm_named(name)
+    block, base = bakeoff.block_of(name, CONFIG), CONFIG.objectives[arm.base]
     named = {path.split(".")[0] for path in arm.changes}
     assert {k: v for k, v in block.items() if k not in named} == {
         k: v for k, v in base.items() if k not in named
@@ -76,15 +90,17 @@ def test_arms_hold_what_was_asked_for():
         arms[f"cl_mae_{name}"].changes["curriculum"]["start"] for name in ("partner", "neutral", "adversary")
     ]
     assert starts == [1.0, 0.0, -1.0]
-    blocks = {name: as_yaml(bakeoff.block_of(name, CONFIG)) for name in arms}
-    assert len(set(blocks.values())) == len(arms)  # no two arms are the same
+    blocks = {name: as_yaml(bakeoff.block_of(name, CONFIG)) for name in arms | ideas}
+    assert len(set(blocks.values())) == len(arms) + len(ideas)  # no two are the same
 
 
 def test_unknown_arm_names_the_nearest():
     with pytest.raises(UserError, match="unknown arm 'cl_mea'.*cl_mae"):
         bakeoff.block_of("cl_mea", CONFIG)
-    with pytest.raises(UserError, match="seed 100"):
+    with pytest.raises(UserError, match="trials of mae have seed 100, .* 0.5, 1, 2$"):
         bakeoff.job_of("flops", "mae", 10, 2.0)
+    with pytest.raises(UserError, match="have seed 100, 101, 102, 103,"):
+        bakeoff.job_of("flops", "cl_mae_mild", 10, 2.0)
 
 
 # ---- statistics of the protocol
@@ -131,7 +147,7 @@ def test_an_arm_is_tuned_before_it_counts_and_mae_and_cl_mae_come_first():
 
 
 def test_equal_images_come_last_and_mae_is_not_run_twice():
-    jobs = program(finished())
+    jobs = [job for job in program(finished()) if job.seed not in (*TRYING, *CONFIRMING)]
     budgets = [job.budget for job in jobs]
     assert budgets == sorted(budgets) and {job.arm for job in jobs if job.budget == "images"} == {
         *bakeoff.METHODS
@@ -143,6 +159,30 @@ def test_who_is_far_behind_gets_one_seed():
     seeds = {arm: sum(job.name in worse for job in counted(arm)) for arm in arms}
     assert seeds == {arm: 1 if arm in ("emae", "noise") else 5 for arm in arms}
     assert sum(job.name in worse for job in counted("emae", budget="images")) == 1
+
+
+def test_ideas_come_at_the_end_and_only_the_best_is_confirmed():
+    def value(job):
+        return 0.3 + (job.arm == "cl_mae_late" and job.seed == TRYING[1]) / 50
+
+    records = finished(value)
+    last = program(records)[-len(TRYING) * (1 + len(ideas)) - 2 * len(CONFIRMING) :]
+    trying, confirming = last[: -2 * len(CONFIRMING)], last[-2 * len(CONFIRMING) :]
+    assert {(job.arm, job.seed) for job in trying} == {(a, s) for a in ("cl_mae", *ideas) for s in TRYING}
+    assert {job.factor for job in trying} == {bakeoff.chosen_factor("cl_mae", records)}
+    assert {(job.arm, job.seed) for job in confirming} == {
+        (a, s) for a in ("mae", "cl_mae_late") for s in CONFIRMING
+    }
+    assert bakeoff.chosen_factor("cl_mae_late", records) == bakeoff.chosen_factor("cl_mae", records)
+    assert bakeoff.best_idea(finished()) == "cl_mae"  # of equals the block itself
+    assert not {job.arm for job in program(records, "cifar10")} & set(ideas)
+
+
+def test_nothing_is_confirmed_while_an_attempt_is_missing():
+    records = finished()
+    del records[bakeoff.attempts(records)[-1].name]
+    assert bakeoff.best_idea(records) is None and bakeoff.confirmation(records) == []
+    assert bakeoff.missing(records) == bakeoff.attempts(records)[-1:]
 
 
 def test_a_reference_that_is_not_finished_lets_nobody_go_on():
@@ -206,7 +246,7 @@ def test_all_is_run_once_and_a_restart_skips_it(pretend, monkeypatch):
     assert pretend()
     first = [pretend.job_in(command) for command in pretend.asked]
     assert len(set(first)) == len(first) == len(pretend.lines)
-    assert first == program(bakeoff.records_of(pretend.folder, "toy"))
+    assert first == program(bakeoff.records_of(pretend.folder, "toy"), "toy")
     assert pretend() and len(pretend.asked) == len(first)
 
 
@@ -227,6 +267,26 @@ def test_of_two_processes_each_passes_over_what_the_other_holds(pretend):
             write_json(bakeoff.place(pretend.folder, "toy") / f"{job.name}.json", outcome(job))
         assert bakeoff.next_job(pretend.folder, "toy") == jobs[3]  # MAE's runs wait for their last trial
     assert bakeoff.next_job(pretend.folder, "toy") == jobs[0]
+
+
+def test_who_was_slower_to_start_goes_on_with_the_next(pretend):
+    """Both chose one job; the other one has its lock."""
+    jobs, turns = trials("mae"), []
+
+    def start(command, seconds, root):
+        turns.append(pretend.job_in(command))
+        if len(turns) > 1:
+            return False
+        lock.__enter__()
+        raise UserError("in use")
+
+    lock = Lock(bakeoff.lock_of(pretend.folder, "toy", jobs[0]))
+    try:
+        assert not pretend(start=start) and turns == jobs[:2]
+    finally:
+        lock.__exit__(None, None, None)
+    with pytest.raises(UserError, match="broken"):
+        pretend(start=lambda *given: (_ for _ in ()).throw(UserError("broken")))
 
 
 def test_a_child_is_stopped_in_time_and_its_failure_is_told(tmp_path):
@@ -383,9 +443,10 @@ def test_committed_record_is_whole_and_of_its_arm(path):
         made = bakeoff.settings(Job(record["budget"], "mae", 0), config, record["factor"])[name]
         made = made.model_dump(mode="json")  # keys that came later are at their defaults
         assert {key: made[key] for key in section} == section, f"{name} of params.yaml has moved since"
-    assert record["budget"] in BUDGETS and record["seed"] in (
-        {100} if record["stage"] == "tune" else set(SEEDS)
-    )
+    idea = bakeoff.arm_named(record["arm"]).family == "ideas"
+    trial, fresh = idea or record["arm"] == "cl_mae", idea or record["arm"] == "mae"
+    seeds = (TUNING_SEED, *TRYING * trial) if record["stage"] == "tune" else (*SEEDS, *CONFIRMING * fresh)
+    assert record["budget"] in BUDGETS and record["seed"] in seeds
     assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]), "made with uncommitted code"
     if record["stage"] == "run":
         records = bakeoff.records_of(ROOT, record["set"])
@@ -416,20 +477,28 @@ def test_the_protocol_was_committed_before_its_results():
 
 FIXED = "SEEDS TUNING_SEED FACTORS BUDGETS LEVEL MONITOR_EPOCHS METHODS CONTROLS MASKS".split()
 FIXED += "CURRICULA SOFT ESTIMATORS SHARES".split()
+SEQUEL = "IDEAS TRYING CONFIRMING".split()  # came later, before their own runs
 
 
 def fixed(source: str) -> dict[str, str]:
     """What a version of the module says of seeds, rates and arms."""
     lines = [line for line in ast.parse(source).body if isinstance(line, ast.Assign)]
-    return {line.targets[0].id: ast.dump(line.value) for line in lines if line.targets[0].id in FIXED}
+    names = FIXED + SEQUEL
+    return {line.targets[0].id: ast.dump(line.value) for line in lines if line.targets[0].id in names}
 
 
 @pytest.mark.skipif(not RECORDS or shutil.which("git") is None, reason="no records, or no git")
 def test_the_protocol_has_not_moved_since_its_results():
     now = fixed((ROOT / "clmae/bakeoff.py").read_text())
-    assert len(now) == len(FIXED)
-    for commit in {read_json(path)["commit"] for path in RECORDS}:
+    assert set(now) == {*FIXED, *SEQUEL}
+    sequel = {}  # by commit, whether it made a run of the sequel
+    for record in map(read_json, RECORDS):
+        own = record["seed"] in (*TRYING, *CONFIRMING)
+        sequel[record["commit"]] = sequel.get(record["commit"], False) or own
+    for commit, own in sequel.items():
         then = git("show", f"{commit}:clmae/bakeoff.py")
         if then.returncode:
             pytest.skip("no whole history here")
-        assert fixed(then.stdout) == now
+        needed = FIXED + SEQUEL * own
+        found = fixed(then.stdout)
+        assert {name: found.get(name, now[name] if name not in needed else None) for name in now} == now
