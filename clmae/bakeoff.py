@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'TUNING_SEED', 'FACTORS', 'BUDGETS', 'LEVEL', 'MONITOR_EPOCHS', 'METHODS', 'CONTROLS', 'MASKS', 'ALONE',
-           'CURRICULA', 'SOFT', 'ESTIMATORS', 'SHARES', 'ABLATIONS', 'arms', 'IDEAS', 'ideas', 'SETS', 'IMPROVED_ON',
-           'TRYING', 'CONFIRMING', 'PACKAGES', 'KEPT', 'NUMBERS', 'GUESS', 'Arm', 'changed', 'arm_named', 'block_of',
-           'in_the_running', 'power', 'detectable', 'arms_of', 'Job', 'trials', 'counted', 'job_of', 'validation',
-           'goes_on', 'chosen_factor', 'attempts', 'tried', 'best_idea', 'confirmation', 'program', 'ready', 'commit',
-           'peak_memory', 'Clock', 'told', 'workplace', 'settings', 'trained', 'scores', 'once', 'place', 'records_of',
-           'command_of', 'perform', 'lock_of', 'differences', 'run_one', 'usual', 'stretch', 'expected', 'missing',
-           'hours', 'listing', 'said', 'launch', 'held', 'next_job', 'run_missing', 'progress']
+           'CURRICULA', 'SOFT', 'ESTIMATORS', 'SHARES', 'ABLATIONS', 'arms', 'IDEAS', 'ideas', 'CONTRASTS', 'SETS',
+           'IMPROVED_ON', 'TRYING', 'CONFIRMING', 'PACKAGES', 'KEPT', 'NUMBERS', 'GUESS', 'Arm', 'changed', 'arm_named',
+           'block_of', 'in_the_running', 'power', 'detectable', 'arms_of', 'Job', 'trials', 'counted', 'job_of',
+           'validation', 'goes_on', 'chosen_factor', 'attempts', 'tried', 'best_idea', 'confirmation', 'program',
+           'ready', 'commit', 'peak_memory', 'Clock', 'told', 'workplace', 'settings', 'trained', 'scores', 'once',
+           'place', 'records_of', 'command_of', 'perform', 'lock_of', 'differences', 'run_one', 'usual', 'stretch',
+           'expected', 'missing', 'hours', 'listing', 'said', 'launch', 'held', 'next_job', 'run_missing', 'progress']
 
 # %% ../nbs/20_bakeoff.ipynb #5d6406c6
 import resource
@@ -136,6 +136,10 @@ def detectable(sd: float, seeds: int = len(SEEDS), level: float = LEVEL, wanted:
         low, high = (low, middle) if power(middle, sd, seeds, level) > wanted else (middle, high)
     return high
 
+# %% ../nbs/20_bakeoff.ipynb #8e116c57
+CONTRASTS = [("cl_mae", "cl_mae_frozen")]
+CONTRASTS += [(f"cl_mae_{name}", "cl_mae_rank") for name in ("soft_scale", "soft_attend", "policy")]
+
 # %% ../nbs/20_bakeoff.ipynb #4a24f9cf
 SETS = {
     "embedded": ("reference", "methods", "controls", "ablations"),
@@ -148,7 +152,7 @@ def arms_of(label: str) -> list[str]:
     families = SETS.get(label, SETS["embedded"])
     return [name for name, arm in arms.items() if arm.family in families]
 
-# %% ../nbs/20_bakeoff.ipynb #8e116c57
+# %% ../nbs/20_bakeoff.ipynb #8c12918e
 IMPROVED_ON = "embedded"
 TRYING = (101, 102, 103)
 CONFIRMING = (20, 21, 22, 23, 24)
