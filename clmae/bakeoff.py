@@ -7,10 +7,11 @@ __all__ = ['SEEDS', 'TUNING_SEED', 'FACTORS', 'BUDGETS', 'LEVEL', 'MONITOR_EPOCH
            'CURRICULA', 'SOFT', 'ESTIMATORS', 'SHARES', 'ABLATIONS', 'arms', 'IDEAS', 'ideas', 'CONTRASTS', 'SETS',
            'IMPROVED_ON', 'TRYING', 'CONFIRMING', 'PACKAGES', 'KEPT', 'NUMBERS', 'GUESS', 'Arm', 'changed', 'arm_named',
            'block_of', 'in_the_running', 'power', 'detectable', 'arms_of', 'Job', 'trials', 'counted', 'job_of',
-           'validation', 'goes_on', 'chosen_factor', 'attempts', 'tried', 'best_idea', 'confirmation', 'program',
-           'ready', 'commit', 'peak_memory', 'Clock', 'told', 'workplace', 'settings', 'trained', 'scores', 'once',
-           'place', 'records_of', 'command_of', 'perform', 'lock_of', 'differences', 'run_one', 'usual', 'stretch',
-           'expected', 'missing', 'hours', 'listing', 'said', 'launch', 'held', 'next_job', 'run_missing', 'progress']
+           'validation', 'goes_on', 'tuning', 'hopeless', 'chosen_factor', 'given_up', 'attempts', 'tried', 'best_idea',
+           'confirmation', 'counts', 'program', 'ready', 'commit', 'peak_memory', 'Clock', 'told', 'workplace',
+           'settings', 'trained', 'scores', 'once', 'place', 'records_of', 'command_of', 'perform', 'lock_of',
+           'differences', 'run_one', 'usual', 'stretch', 'expected', 'missing', 'hours', 'number', 'cost', 'to_do',
+           'listing', 'said', 'launch', 'held', 'next_job', 'run_missing', 'progress']
 
 # %% ../nbs/20_bakeoff.ipynb #5d6406c6
 import resource
@@ -206,21 +207,36 @@ def validation(records: dict, jobs: list[Job]) -> list[float]:
 def goes_on(arm: str, records: dict) -> bool:
     """Whether an arm gets all seeds, as far as the records tell; its reference must have them."""
     reference = validation(records, counted(arms[arm].against))
-    first = validation(records, counted(arm, SEEDS[:1]))
-    return len(reference) == len(SEEDS) and bool(first) and in_the_running(first[0], reference)
+    ended, first = [v for v in reference if v >= 0], validation(records, counted(arm, SEEDS[:1]))
+    whole = len(reference) == len(SEEDS) and len(ended) > 1 and bool(first)
+    return whole and in_the_running(first[0], ended)
+
+# %% ../nbs/20_bakeoff.ipynb #0679838d
+def tuning(arm: str) -> list[Job]:
+    """The trials that decide an arm's rate; an idea's are its reference's."""
+    return trials(arm if arm in arms else ideas[arm].against)
+
+# %% ../nbs/20_bakeoff.ipynb #6089f981
+def hopeless(arm: str, records: dict) -> bool:
+    """Whether all trials of an arm have run and none came to its end."""
+    found = validation(records, tuning(arm))
+    return len(found) == len(FACTORS) and max(found) < 0
 
 # %% ../nbs/20_bakeoff.ipynb #53233bd8
 def chosen_factor(arm: str, records: dict) -> float | None:
-    """The factor of the best trial (of equals the smallest); None while a trial is missing.
-
-    An idea has that of its reference. UserError if every trial broke down.
-    """
-    scores = validation(records, trials(arm if arm in arms else ideas[arm].against))
-    if len(scores) < len(FACTORS):
+    """The factor of the best trial, of equals the smallest; None while one is missing, or if none ended."""
+    found = validation(records, tuning(arm))
+    if len(found) < len(FACTORS) or hopeless(arm, records):
         return None
-    if max(scores) < 0:
-        raise UserError(f"{arm}: none of its tuning trials came to an end; lower train.base_lr")
-    return FACTORS[int(np.argmax(scores))]
+    return FACTORS[int(np.argmax(found))]
+
+# %% ../nbs/20_bakeoff.ipynb #ade93528
+def given_up(arm: str, records: dict) -> bool:
+    """Whether the protocol stops an arm after its trials or its first seed."""
+    if arm in ("mae", "cl_mae"):
+        return False
+    known = all(job.name in records for job in [*counted(arms[arm].against), *counted(arm, SEEDS[:1])])
+    return hopeless(arm, records) or (known and not goes_on(arm, records))
 
 # %% ../nbs/20_bakeoff.ipynb #40023d69
 def attempts(records: dict) -> list[Job]:
@@ -251,18 +267,27 @@ def confirmation(records: dict) -> list[Job]:
         [job for seed in CONFIRMING for arm in ("mae", best) for job in counted(arm, [seed])] if best else []
     )
 
+# %% ../nbs/20_bakeoff.ipynb #19440f19
+def counts(records: dict, arm: str, seeds=SEEDS, budget: str = "flops") -> list[Job]:
+    """The counted runs of an arm; none if no trial of it came to its end."""
+    return [] if hopeless(arm, records) else counted(arm, seeds, budget)
+
 # %% ../nbs/20_bakeoff.ipynb #2dda95e2
-def program(records: dict, label: str = "embedded") -> list[Job]:
-    """Every job of the protocol on a set in its order, as far as the records (by name) decide who goes on."""
+def program(records: dict, label: str = "embedded", hopeful: bool = False) -> list[Job]:
+    """Every job of the protocol on a set in its order, as far as the records (by name) decide who goes on.
+
+    `hopeful`: as if everyone went on who is not yet given up.
+    """
     first, others = ["mae", "cl_mae"], [name for name in arms_of(label) if name not in ("mae", "cl_mae")]
     jobs = [job for arm in first for job in trials(arm)]
-    jobs += [job for pair in zip(*map(counted, first)) for job in pair]
-    jobs += [job for arm in others for job in (*trials(arm), *counted(arm, SEEDS[:1]))]
-    staying = [arm for arm in others if goes_on(arm, records)]
-    jobs += [job for seed in SEEDS[1:] for arm in staying for job in counted(arm, [seed])]
-    jobs += [job for arm in METHODS for job in counted(arm, SEEDS[:1], "images")]
+    jobs += [job for seed in SEEDS for arm in first for job in counts(records, arm, [seed])]
+    jobs += [job for arm in others for job in (*trials(arm), *counts(records, arm, SEEDS[:1]))]
+    stays = (lambda arm: not given_up(arm, records)) if hopeful else (lambda arm: goes_on(arm, records))
+    staying = list(filter(stays, others))
+    jobs += [job for seed in SEEDS[1:] for arm in staying for job in counts(records, arm, [seed])]
+    jobs += [job for arm in METHODS for job in counts(records, arm, SEEDS[:1], "images")]
     more = [arm for arm in METHODS if arm == "cl_mae" or arm in staying]
-    jobs += [job for seed in SEEDS[1:] for arm in more for job in counted(arm, [seed], "images")]
+    jobs += [job for seed in SEEDS[1:] for arm in more for job in counts(records, arm, [seed], "images")]
     return jobs + (attempts(records) + confirmation(records) if label == IMPROVED_ON else [])
 
 # %% ../nbs/20_bakeoff.ipynb #caedc431
@@ -412,8 +437,10 @@ def command_of(job: Job, label: str, params: str, prepared: str) -> str:
 
 # %% ../nbs/20_bakeoff.ipynb #2b1b2b08
 def perform(job: Job, config: Config, label: str, root: Path, params: str, prepared: str) -> dict:
-    """Train and score one job; its record, not yet written. UserError if its arm has not been tuned."""
+    """Train and score one job; its record, not yet written. UserError if its arm has no learning rate."""
     factor = job.factor or chosen_factor(job.arm, records_of(root, label))
+    if factor is None and hopeless(job.arm, records_of(root, label)):
+        raise UserError(f"{job.arm}: no trial came to its end, so it has no learning rate and no counted run")
     if factor is None:
         raise UserError(
             f"{job.arm}: not tuned yet; run `python -m clmae bakeoff --set {label}`, which does it first"
@@ -440,6 +467,7 @@ def lock_of(root: Path, label: str, job: Job) -> Path:
 
 
 NUMBERS = (
+    "images_sha256",
     "failed",
     "metrics",
     "validation_knn",
@@ -503,14 +531,33 @@ def expected(job: Job, records: dict) -> float:
     return alike or (same or any_arm or GUESS) * longer
 
 # %% ../nbs/20_bakeoff.ipynb #70dbe196
-def missing(records: dict, label: str = "embedded") -> list[Job]:
+def missing(records: dict, label: str = "embedded", hopeful: bool = False) -> list[Job]:
     """The jobs of a set's program that have no record."""
-    return [job for job in program(records, label) if job.name not in records]
+    return [job for job in program(records, label, hopeful) if job.name not in records]
 
 # %% ../nbs/20_bakeoff.ipynb #55309537
 def hours(seconds: float) -> str:
     """Seconds as `45 min` or `3.2 h`."""
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+# %% ../nbs/20_bakeoff.ipynb #dcf3e25e
+def number(count: int) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count} run{'s' * (count != 1)}"
+
+
+def cost(jobs: list, records: dict) -> str:
+    """What jobs will take, in words."""
+    return hours(sum(expected(job, records) for job in jobs))
+
+
+def to_do(records: dict, label: str = "embedded") -> str:
+    """How many runs are missing, with their processor time; and how many, if every open arm goes on."""
+    least, most = missing(records, label), missing(records, label, hopeful=True)
+    if len(least) == len(most):
+        return f"{number(len(least))}, about {cost(least, records)} of one core"
+    ends = (f"{len(jobs)} ({cost(jobs, records)})" for jobs in (least, most))
+    return "at least {}, at most {} runs of one core, if every open arm stays in the running".format(*ends)
 
 # %% ../nbs/20_bakeoff.ipynb #d036c6d9
 def listing(records: dict, label: str = "embedded") -> Iterator[str]:
@@ -519,9 +566,8 @@ def listing(records: dict, label: str = "embedded") -> Iterator[str]:
     for job in jobs:
         done, needs = job.name in records, hours(expected(job, records))
         yield f"{job.name:36} {said(records[job.name]) if done else f'missing, about {needs}'}"
-    left = missing(records, label)
-    cost = hours(sum(expected(job, records) for job in left))
-    yield f"{len(jobs) - len(left)} of {len(jobs)} runs done; missing: {len(left)}, about {cost} of one core"
+    done = sum(job.name in records for job in jobs)
+    yield f"{done} of {len(jobs)} runs done; missing: {to_do(records, label)}"
 
 # %% ../nbs/20_bakeoff.ipynb #579f9464
 def said(record: dict) -> str:
@@ -589,9 +635,6 @@ def run_missing(
 # %% ../nbs/20_bakeoff.ipynb #aef25017
 def progress(job: Job, records: dict, label: str = "embedded") -> str:
     """The line of a finished job, with what is left."""
-    left = missing(records, label)
-    done, hours_left = (
-        len(program(records, label)) - len(left),
-        hours(sum(expected(job, records) for job in left)),
-    )
-    return f"{done}/{done + len(left)} {job.name}: {said(records[job.name])}; {hours_left} left"
+    jobs, left = program(records, label), missing(records, label)
+    done, hours_left = len(jobs) - len(left), cost(left, records)
+    return f"{done}/{len(jobs)} {job.name}: {said(records[job.name])}; at least {hours_left} left"

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'COSTS', 'EMPTY', 'CALLED', 'WAYS', 'TONES', 'NAMED', 'row', 'table_of', 'differences', 'Interval',
-           'interval', 'holm', 'outcome', 'family_of', 'compare', 'called', 'points', 'sure', 'sentence', 'noise',
-           'pilot', 'overall', 'given_up', 'conclusions', 'at_the_edge', 'draw_pair', 'draw_column', 'draw_forest',
-           'curves_of', 'draw_ends', 'draw_operations', 'draw_gaps', 'health_table', 'milestones', 'arrival', 'mean_sd',
-           'median_or_dash', 'table_row', 'results_table', 'ideas_table', 'confirmed', 'verdict', 'improved', 'number',
-           'cost', 'still', 'as_plain', 'summary', 'pictures', 'read_out']
+           'interval', 'holm', 'outcome', 'family_of', 'broken', 'times', 'compare', 'called', 'points', 'sure',
+           'judged', 'unjudged', 'reason', 'noise', 'strictly', 'paired', 'pilot', 'listed', 'overall', 'page',
+           'conclusions', 'across', 'contrasts', 'at_the_edge', 'draw_pair', 'draw_outside', 'reach_of', 'draw_column',
+           'forest_key', 'draw_forest', 'curves_of', 'ends_of', 'draw_ends', 'draw_operations', 'draw_gaps',
+           'health_table', 'milestones', 'arrival', 'mean_sd', 'median_or_dash', 'table_row', 'results_table',
+           'ideas_table', 'confirmed', 'verdict', 'improved', 'still', 'as_plain', 'summary', 'pictures', 'read_out']
 
 # %% ../nbs/21_readout.ipynb #5d6406c6
 from collections.abc import Iterator
@@ -17,11 +18,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from scipy import stats
 
 from clmae.bakeoff import (
     BUDGETS,
     CONFIRMING,
+    CONTRASTS,
     FACTORS,
     LEVEL,
     METHODS,
@@ -32,14 +36,16 @@ from clmae.bakeoff import (
     attempts,
     best_idea,
     chosen_factor,
+    cost,
     counted,
     detectable,
-    expected,
-    goes_on,
-    hours,
+    given_up,
+    hopeless,
     missing,
+    number,
     place,
     records_of,
+    to_do,
 )
 from clmae.figures import (
     BASELINE,
@@ -142,9 +148,23 @@ def family_of(name: str) -> list[str]:
     """The arms of a family."""
     return [arm for arm, what in arms.items() if what.family == name]
 
+# %% ../nbs/21_readout.ipynb #81533217
+def broken(table: pd.DataFrame, arm: str, budget: str) -> int:
+    """How many counted runs of an arm have no accuracy."""
+    return int(table.loc[(table["arm"] == arm) & (table["budget"] == budget), "knn"].isna().sum())
+
+
+def times(table: pd.DataFrame, arm: str, against: str, budget: str) -> float:
+    """Median processor time of an arm's runs over its reference's; nan if one is not known."""
+    of_budget = table[table["budget"] == budget]
+    own, other = (
+        pd.to_numeric(of_budget.loc[of_budget["arm"] == name, "cpu"]).median() for name in (arm, against)
+    )
+    return own / other
+
 # %% ../nbs/21_readout.ipynb #0e20b588
 def compare(table: pd.DataFrame, budget: str = "flops", probe: str = "knn") -> pd.DataFrame:
-    """A row for each arm but the reference: family, interval of the difference, corrected p, outcome."""
+    """A row for each arm but the reference: interval of the difference, corrected p, outcome, cost."""
     parts = []
     for family in ("methods", "controls", "ablations"):
         names = family_of(family)
@@ -153,13 +173,22 @@ def compare(table: pd.DataFrame, budget: str = "flops", probe: str = "knn") -> p
         part["holm"] = holm(part["p"].where(part["seeds"] == len(SEEDS)), len(names))
         parts.append(part.assign(family=family, against=[arms[name].against for name in names]))
     whole = pd.concat(parts)
+    whole["broken"] = [broken(table, name, budget) for name in whole.index]
+    whole["times"] = [times(table, name, arms[name].against, budget) for name in whole.index]
     whole["outcome"] = [outcome(r.seeds, r.centre, r.holm) for r in whole.itertuples()]
     return whole
 
 # %% ../nbs/21_readout.ipynb #30da4dac
 CALLED = {
     "noise": "MAE, noise masks", "hard": "MAE, hard masks", "mae_ema": "MAE, averaged weights",
-    "cl_mae_frozen": "CL-MAE, masker frozen", "cl_mae_share25": "CL-MAE, ¼ learned",
+    "mae_growing_ratio": "MAE, growing ratio", "mae_growing_block": "MAE, growing blocks",
+    "cl_mae_frozen": "CL-MAE, masker frozen",
+    "cl_mae_partner": "CL-MAE, partner throughout", "cl_mae_neutral": "CL-MAE, neutral throughout",
+    "cl_mae_adversary": "CL-MAE, adversary throughout", "cl_mae_reversed": "CL-MAE, λ backwards",
+    "cl_mae_linear": "CL-MAE, λ down to −1", "cl_mae_rank": "CL-MAE without reach",
+    "cl_mae_soft_scale": "CL-MAE, soft (scale), no reach",
+    "cl_mae_soft_attend": "CL-MAE, soft (attend), no reach",
+    "cl_mae_policy": "CL-MAE, policy, no reach", "cl_mae_share25": "CL-MAE, ¼ learned",
     "cl_mae_share50": "CL-MAE, ½ learned", "cl_mae_short": "CL-MAE, short partner phase",
     "cl_mae_late": "CL-MAE, ½ learned at first", "cl_mae_mild": "CL-MAE, milder",
 }  # fmt: skip
@@ -183,26 +212,42 @@ def sure(r) -> str:
     p = f"p = {r.holm:.3f}" if r.holm >= 0.001 else "p < 0.001"
     return f"({r.seeds:.0f} seeds, {p} after Holm)"
 
-# %% ../nbs/21_readout.ipynb #6743f8cc
-def sentence(arm: str, r, given_up: bool = False) -> str:
-    """What a row of `compare` says about its arm."""
-    name, other, size = (
-        called(arm),
-        called(r.against),
-        f"{points(abs(r.centre), False)} ± {points(r.half, False)}",
-    )
-    if r.outcome == "wins":
-        return f"{name} beats {other} by {size} points {sure(r)}."
-    if r.outcome == "loses":
-        return f"{name} loses to {other} by {size} points {sure(r)}."
+# %% ../nbs/21_readout.ipynb #e5ce7fbf
+def judged(arm: str, r) -> str:
+    """The sentence on an arm with all its seeds, with what it costs."""
+    name, other = called(arm), called(r.against)
+    spent = "" if np.isnan(r.times) else f", at {r.times:.1f} times its processor time"
     if r.outcome == "within noise":
         size = f"{points(r.centre)} ± {points(r.half, False)}"
-        return f"{name} is within noise of {other}: {size} points {sure(r)}."
+        return f"{name} is within noise of {other}: {size} points {sure(r)}{spent}."
+    verb = {"wins": "beats", "loses": "loses to"}[r.outcome]
+    size = f"{points(abs(r.centre), False)} ± {points(r.half, False)}"
+    return f"{name} {verb} {other} by {size} points {sure(r)}{spent}."
+
+# %% ../nbs/21_readout.ipynb #a14e65ce
+def unjudged(arm: str, r, why: str = "") -> str:
+    """The sentence on an arm with fewer seeds; `why` there will be no more."""
+    name, rest = called(arm), f"; {why}" if why else ""
+    broke = f", {r.broken} broke down" if r.broken else ""
     if not r.seeds:
-        return f"{name}: not run yet."
+        fate = f"{number(int(r.broken))} broke down, no statement{rest}" if r.broken else why or "not run yet"
+        return f"{name}: {fate}."
     seeds = "one seed" if r.seeds == 1 else f"{r.seeds:.0f} seeds"
-    rest = "; given up, as the protocol says" if given_up else ""
-    return f"{name}: {seeds}, {points(r.centre)} points against {other}, no statement{rest}."
+    return (
+        f"{name}: {seeds}{broke}, {points(r.centre)} points against {called(r.against)}, no statement{rest}."
+    )
+
+# %% ../nbs/21_readout.ipynb #88651ed2
+def reason(arm: str, records: dict, budget: str = "flops") -> str:
+    """Why the protocol gives an arm no more runs, in words; nothing if it may get some."""
+    if hopeless(arm, records):
+        return "broke down at every rate that was tried"
+    first = counted(arm, SEEDS[:1], budget)[0].name
+    if first not in records or not given_up(arm, records):
+        return ""
+    if budget == "images":
+        return "no more than this, since it was given up at equal operations"
+    return "given up, as the protocol says"
 
 # %% ../nbs/21_readout.ipynb #4e5ff0c7
 def noise(table: pd.DataFrame, arm: str = "mae", probe: str = "knn") -> dict | None:
@@ -211,66 +256,105 @@ def noise(table: pd.DataFrame, arm: str = "mae", probe: str = "knn") -> dict | N
     if len(runs) < 2:
         return None
     half = (runs[f"{probe}_high"] - runs[f"{probe}_low"]).mean() / 2
-    mean, sd = runs[probe].mean(), runs[probe].std(ddof=1)
-    return {
-        "seeds": len(runs),
-        "mean": mean,
-        "sd": sd,
-        "image_half": half,
-        "detectable": detectable(2**0.5 * sd),
-    }
+    found = {"seeds": len(runs), "mean": runs[probe].mean(), "sd": runs[probe].std(ddof=1)}
+    apart = 2**0.5 * found["sd"]  # of the difference of two arms that have nothing in common
+    return found | {"image_half": half, "detectable": detectable(apart), "strictly": strictly(apart)}
+
+
+def strictly(sd: float) -> float:
+    """`detectable` at the strictest step of Holm among the methods."""
+    return detectable(sd, level=LEVEL / len(METHODS))
+
+# %% ../nbs/21_readout.ipynb #86d11587
+def paired(table: pd.DataFrame) -> str:
+    """What the seeds that MAE and CL-MAE share do for the power, in words."""
+    runs = table[table["budget"] == "flops"].pivot_table(index="seed", columns="arm", values="knn")
+    both = runs.reindex(columns=["mae", "cl_mae"]).dropna().astype(float)
+    if len(both) < 3:
+        return ""
+    sd, r = (both["cl_mae"] - both["mae"]).std(ddof=1), both.corr().iloc[0, 1]
+    return (
+        f"Paired with CL-MAE seed by seed (correlation {points(r, False)}), "
+        f"{detectable(sd):.1f} ({strictly(sd):.1f}). "
+    )
 
 # %% ../nbs/21_readout.ipynb #8d73641e
 def pilot(table: pd.DataFrame) -> str:
-    """The sentence on MAE's own spread, and on that of the differences to it."""
-    found, pairs = noise(table), differences(table, "cl_mae", "mae")
+    """The sentences on MAE's own spread, and on the differences that it lets be seen."""
+    found = noise(table)
     if found is None:
         return "MAE: fewer than two seeds yet, so nothing is known about noise."
-    paired = ""
-    if len(pairs) > 1:
-        sd = pairs.std(ddof=1)
-        paired = (
-            f"Paired with CL-MAE, differences spread by {sd:.1f}; that finds {detectable(sd):.1f} points. "
-        )
+    far = "" if found["seeds"] >= len(SEEDS) else " so far"
     return (
-        f"MAE: {found['mean']:.1f} % by 20-NN, standard deviation over {found['seeds']} seeds "
-        f"{found['sd']:.1f} points; {len(SEEDS)} seeds find a difference of {found['detectable']:.1f} points "
-        f"in four cases of five (before Holm, unpaired). {paired}"
+        f"MAE: {found['mean']:.1f} % by 20-NN, standard deviation over {found['seeds']} seeds{far} "
+        f"{found['sd']:.1f} points. With that and arms that have nothing in common, {len(SEEDS)} seeds "
+        f"detect a true difference of {found['detectable']:.1f} points with 80 % power "
+        f"({found['strictly']:.1f} at Holm's strictest step among {len(METHODS)}). {paired(table)}"
         f"The test images alone leave ± {found['image_half']:.1f} points to each run."
     )
 
-# %% ../nbs/21_readout.ipynb #31f50fcc
-def overall(compared: pd.DataFrame, budget: str, settled: int) -> str:
-    """One sentence on whether any arm beats MAE; `settled` of them are judged or given up."""
-    rivals = compared[compared["against"] == "mae"]
-    start = WAYS[budget].capitalize()
-    if not settled:
-        return f"{start}: no arm has its {len(SEEDS)} seeds yet, so there is no statement."
-    so_far = f"{settled} of {len(rivals)} arms settled so far" if settled < len(rivals) else f"{settled} arms"
-    winners = [called(arm) for arm in rivals.index[rivals["outcome"] == "wins"]]
-    if not winners:
-        return f"{start}, of the {so_far} none beats MAE beyond noise."
-    verb = "beats" if len(winners) == 1 else "beat"
-    return f"{start}, of the {so_far} {', '.join(winners)} {verb} MAE beyond noise."
+# %% ../nbs/21_readout.ipynb #154930d9
+def listed(names: list[str]) -> str:
+    """`A`, `A and B`, `A, B and C`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
-# %% ../nbs/21_readout.ipynb #ade93528
-def given_up(arm: str, records: dict) -> bool:
-    """Whether the protocol stops an arm after its first seed."""
-    known = all(job.name in records for job in [*counted(arms[arm].against), *counted(arm, SEEDS[:1])])
-    return known and not goes_on(arm, records) and arm not in ("mae", "cl_mae")
+
+def overall(part: pd.DataFrame, budget: str, stopped: int) -> str:
+    """One sentence on a family's rows of `compare`, of which `stopped` get no more runs without a verdict."""
+    rival, done = called(part["against"].iloc[0]), int((part["outcome"] != "no statement").sum())
+    winners = [called(arm) for arm in part.index[part["outcome"] == "wins"]]
+    beaten = f"{listed(winners)} {'beats' if len(winners) == 1 else 'beat'}" if winners else "none beats"
+    left = len(part) - done - stopped
+    told = [f"{done} judged, {beaten} {rival} beyond noise"] if done else ["none judged yet"]
+    told += [f"{stopped} stopped early, without a statement"] if stopped else []
+    told += [f"{left} still to run, and until then verdicts may change"] if left else []
+    return f"{WAYS[budget].capitalize()}, {len(part)} {part['family'].iloc[0]}: {'; '.join(told)}."
+
+# %% ../nbs/21_readout.ipynb #b8f1c256
+def page(part: pd.DataFrame, records: dict, budget: str) -> list[str]:
+    """The sentences on a family: the one on all, then one for each arm."""
+    why = {arm: reason(arm, records, budget) for arm in part.index}
+    rows = dict(zip(part.index, part.itertuples()))
+    over = [bool(why[arm]) and r.outcome == "no statement" for arm, r in rows.items()]
+    told = [
+        unjudged(arm, r, why[arm]) if r.outcome == "no statement" else judged(arm, r)
+        for arm, r in rows.items()
+    ]
+    return [overall(part, budget, sum(over)), *told]
 
 # %% ../nbs/21_readout.ipynb #24a940cf
 def conclusions(records: dict, budget: str = "flops", label: str = "embedded") -> list[str]:
-    """The page of plain sentences for a budget on a set."""
+    """The page of plain sentences for a budget on a set, family after family."""
     compared = compare(table_of(records), budget)
     compared = compared[compared.index.isin(METHODS if budget == "images" else arms_of(label))]
-    rivals = compared[compared["against"] == "mae"]
-    judged = rivals["outcome"] != "no statement"
-    stopped = [seeds > 0 and given_up(arm, records) for arm, seeds in rivals["seeds"].items()]
-    settled = sum(judged) + sum(stopped)
-    rows = zip(compared.index, compared.itertuples())
-    told = [sentence(arm, r, given_up(arm, records)) for arm, r in rows]
-    return [overall(compared, budget, settled), *told]
+    families = compared.groupby("family", sort=False)
+    return [line for _, part in families for line in page(part, records, budget)]
+
+# %% ../nbs/21_readout.ipynb #07e7f277
+def across(studies: dict[str, dict]) -> list[str]:
+    """A sentence for each arm that is judged on more than one set; `studies` holds records by set."""
+    rows = {label: compare(table_of(records)) for label, records in studies.items()}
+    told = []
+    for arm in (name for name in arms if name != "mae"):
+        on = {label: found.loc[arm] for label, found in rows.items()}
+        on = {label: r for label, r in on.items() if r["outcome"] != "no statement"}
+        each = [
+            f"{r['outcome']} on {label} ({points(r['centre'])} ± {points(r['half'], False)})"
+            for label, r in on.items()
+        ]
+        told += [f"{called(arm)} against {called(arms[arm].against)}: {listed(each)}."] if len(on) > 1 else []
+    return told
+
+# %% ../nbs/21_readout.ipynb #6d700dbc
+def contrasts(records: dict) -> list[str]:
+    """A sentence for each pair of arms of `CONTRASTS` that share seeds."""
+    table, told = table_of(records), []
+    for own, other in CONTRASTS:
+        r = interval(differences(table, own, other))
+        size = points(r.centre) + ("" if np.isnan(r.half) else f" ± {points(r.half, False)}")
+        seeds = "one seed" if r.seeds == 1 else f"{r.seeds} seeds"
+        told += [f"{called(own)} minus {called(other)}: {size} points ({seeds})."] if r.seeds else []
+    return told
 
 # %% ../nbs/21_readout.ipynb #c05a8bd8
 def at_the_edge(records: dict, label: str = "embedded") -> list[str]:
@@ -279,33 +363,66 @@ def at_the_edge(records: dict, label: str = "embedded") -> list[str]:
     told = []
     for word, edge in {"smallest": min(FACTORS), "largest": max(FACTORS)}.items():
         names = [called(arm) for arm, factor in factors.items() if factor == edge]
-        told += [f"The best learning rate was the {word} of three for {', '.join(names)}."] if names else []
+        told += [f"The best learning rate was the {word} of three for {'; '.join(names)}."] if names else []
     return told
 
 # %% ../nbs/21_readout.ipynb #531be560
 TONES = {"wins": KEPT, "loses": HIDDEN, "within noise": "#000000", "no statement": BASELINE}
 
 
-def draw_pair(ax, y: float, d: pd.Series, r) -> None:
-    """One row of a forest: seeds' differences, their mean and interval."""
-    colour = TONES[r.outcome]
+def draw_pair(ax, y: float, d: pd.Series, r, decides: bool = True) -> None:
+    """One row of a forest: seeds' differences, their mean and interval; coloured by a verdict that counts."""
+    colour = TONES[r.outcome] if decides or r.outcome == "no statement" else TONES["within noise"]
     ax.plot(d, np.full(len(d), y + 0.22), "o", ms=3, color=colour, alpha=0.5)
-    filled = colour if r.outcome in ("wins", "loses") else "white"
+    filled = colour if colour in (KEPT, HIDDEN) else "white"
     reach = 0 if np.isnan(r.half) else r.half
     ax.errorbar(r.centre, y, xerr=reach, fmt="o", ms=7, color=colour, mfc=filled, elinewidth=2)
+
+# %% ../nbs/21_readout.ipynb #1366c385
+def draw_outside(ax, y: float, value: float, reach: float) -> None:
+    """An arrow at the edge of a panel from −reach to reach, with the value that lies beyond."""
+    side = 1 if value > 0 else -1
+    ax.plot(0.97 * side * reach, y, ">" if side > 0 else "<", ms=6, color=BASELINE)
+    ax.text(
+        0.93 * side * reach, y, points(value), ha="right" if side > 0 else "left", va="center", size="small"
+    )
+
+# %% ../nbs/21_readout.ipynb #d05c2928
+def reach_of(rows: pd.DataFrame, least: float = 0.0) -> float:
+    """How far a panel goes: over every interval of the rows, or over single seeds if there is none."""
+    ends = rows["centre"].abs() + rows["half"]
+    return 1.2 * max(least, ends.max() if ends.notna().any() else rows["centre"].abs().max())
 
 # %% ../nbs/21_readout.ipynb #827bee59
 def draw_column(ax, table: pd.DataFrame, budget: str, probe: str, names: list[str]) -> None:
     """One panel of a forest."""
-    compared, around = compare(table, budget, probe), noise(table, probe=probe)
-    if around:
-        ax.axvspan(-around["image_half"], around["image_half"], color=BASELINE, alpha=0.15, lw=0)
+    rows, around = compare(table, budget, probe).loc[names], noise(table, probe=probe)
+    band = 2**0.5 * around["image_half"] if around else 0.0
+    reach = reach_of(rows, band) or 1.0
+    ax.axvspan(-band, band, color=BASELINE, alpha=0.15, lw=0)
     ax.axvline(0, color=BASELINE, lw=1)
-    for y, name in enumerate(names):
-        d = differences(table, name, arms[name].against, budget, probe)
-        if len(d):
-            draw_pair(ax, y, d, compared.loc[name])
-    ax.set_xlabel("difference (points)")
+    for y, (name, r) in enumerate(rows.iterrows()):
+        d = differences(table, name, r["against"], budget, probe)
+        if abs(r["centre"]) > reach:
+            draw_outside(ax, y, r["centre"], reach)
+        elif len(d):
+            draw_pair(ax, y, d, r, decides=probe == PROBES[0])
+    ax.set(xlabel="difference (points)", xlim=(-reach, reach) if np.isfinite(reach) else None)
+    for y in np.flatnonzero(rows["family"].to_numpy()[1:] != rows["family"].to_numpy()[:-1]):
+        ax.axhline(y + 0.5, color=BASELINE, lw=0.6, ls=":")
+
+# %% ../nbs/21_readout.ipynb #a15acc0a
+def forest_key(figure: Figure) -> None:
+    """The key of a forest, below it."""
+    marks = [
+        Line2D(
+            [], [], marker="o", ms=7, color=TONES[name], mfc=TONES[name] if coloured else "white", label=name
+        )
+        for name, coloured in {"wins": 1, "loses": 1, "within noise": 0, "no statement": 0}.items()
+    ]
+    seed = Line2D([], [], ls="", marker="o", ms=3, color=TONES["within noise"], alpha=0.5, label="one seed")
+    band = Patch(color=BASELINE, alpha=0.15, lw=0, label="test images alone")
+    figure.legend(handles=[*marks, seed, band], loc="outside lower center", ncol=6, frameon=False)
 
 # %% ../nbs/21_readout.ipynb #c10d9128
 NAMED = {"knn": "20-NN", "linear": "linear probe"}
@@ -316,13 +433,14 @@ def draw_forest(table: pd.DataFrame, budget: str = "flops") -> Figure:
     """Differences of all arms that have run to their references, a panel per probe."""
     ran = set(table.loc[table["budget"] == budget, "arm"])
     names = [name for name in arms if name in ran and name != "mae"]
-    figure = Figure(figsize=(10, 1.2 + 0.4 * max(len(names), 1)), layout="constrained")
+    figure = Figure(figsize=(10, 1.6 + 0.36 * max(len(names), 1)), layout="constrained")
     axes = figure.subplots(1, len(PROBES), sharey=True, squeeze=False)[0]
     for ax, probe in zip(axes, PROBES):
         draw_column(ax, table, budget, probe, names)
         ax.set_title(f"{NAMED[probe]}, {WAYS[budget]}")
     if names:
         name_rows(axes[0], [f"{called(name)} − {called(arms[name].against)}" for name in names])
+    forest_key(figure)
     return figure
 
 # %% ../nbs/21_readout.ipynb #9d1d2f75
@@ -343,16 +461,29 @@ def curves_of(records: dict, names: list[str]) -> pd.DataFrame:
     ]
     return pd.DataFrame(rows, columns=["run", "seed", "epoch", "flops", "percent"])
 
+# %% ../nbs/21_readout.ipynb #81bcc5b6
+def ends_of(table: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Mean operations, and mean and sd of the test accuracy, of an arm's runs by budget; MAE's stand once."""
+    runs = table[(table["arm"] == arm) & ~((table["arm"] == "mae") & (table["budget"] == "images"))]
+    runs = runs.dropna(subset="knn").astype({"flops": float, "knn": float})
+    return runs.groupby("budget").agg(flops=("flops", "mean"), mean=("knn", "mean"), sd=("knn", "std"))
+
 # %% ../nbs/21_readout.ipynb #272d9cf9
 def draw_ends(ax, table: pd.DataFrame, unit: str, palette: dict) -> None:
-    """Where runs ended: test accuracy over operations, filled at equal operations, open at equal images."""
-    for (arm, budget), runs in table[table["arm"].isin(palette)].groupby(["arm", "budget"], sort=False):
-        if arm == "mae" and budget == "images":
-            continue
-        face = palette[arm] if budget == "flops" else "white"
-        ax.plot(runs["flops"] / UNITS[unit], runs["knn"], "o", color=palette[arm], mfc=face, ms=6)
-    ax.set(xlabel=f"operations ({unit}); open: equal images", ylabel="20-NN on test (%)")
-    ax.set_xlim(0, 1.05 * ax.dataLim.x1 if len(table) else None)
+    """Where runs ended: test accuracy ± sd over operations, filled at equal operations, open at equal images.
+
+    At equal operations all arms are at one place; they are drawn side by side around it.
+    """
+    ends = {arm: ends_of(table, arm) for arm in palette}
+    ends = {arm: found for arm, found in ends.items() if len(found)}
+    step = 0.02 * max((found["flops"].max() for found in ends.values()), default=0) / UNITS[unit]
+    for i, (arm, found) in enumerate(ends.items()):
+        x = found["flops"] / UNITS[unit] + (i - (len(ends) - 1) / 2) * step
+        ax.plot(x, found["mean"], color=palette[arm], lw=1, alpha=0.5)
+        for at, (budget, end) in zip(x, found.iterrows()):
+            how = {"color": palette[arm], "mfc": palette[arm] if budget == "flops" else "white"}
+            ax.errorbar(at, end["mean"], yerr=np.nan_to_num(end["sd"]), fmt="o", ms=6, **how)
+    ax.set(xlabel=f"operations ({unit}); open: equal images", ylabel="20-NN on test (%)", xlim=(0, None))
 
 # %% ../nbs/21_readout.ipynb #85f39d8e
 @styled
@@ -412,9 +543,10 @@ def milestones(records: dict, arm: str) -> list[float | None]:
 
 # %% ../nbs/21_readout.ipynb #5a2175e8
 def arrival(shares: list[float | None]) -> str:
-    """`5 of 5, after 62 %` of MAE's operations in the median; how many arrived, at least."""
+    """`4 of 5, after 62 %` of MAE's operations in the median over all, if more than half of them arrived."""
     reached = [share for share in shares if share is not None]
-    after = f", after {100 * np.median(reached):.0f} %" if reached else ""
+    middle = np.median([np.inf if share is None else share for share in shares]) if shares else np.inf
+    after = f", after {100 * middle:.0f} %" if np.isfinite(middle) else ""
     return f"{len(reached)} of {len(shares)}{after}"
 
 # %% ../nbs/21_readout.ipynb #05e03c77
@@ -426,22 +558,22 @@ def mean_sd(values: pd.Series) -> str:
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 # %% ../nbs/21_readout.ipynb #135cbe6b
-def median_or_dash(values: pd.Series) -> str:
-    """The median of what is known, as a whole number; an interrupted run has no wall-clock time."""
+def median_or_dash(values: pd.Series, digits: int = 0) -> str:
+    """The median of what is known, rounded; an interrupted run has no times, a broken one no accuracy."""
     values = pd.to_numeric(values).dropna()
-    return f"{values.median():.0f}" if len(values) else "–"
+    return f"{values.median():,.{digits}f}" if len(values) else "–"
 
 # %% ../nbs/21_readout.ipynb #591e5039
 def table_row(arm: str, runs: pd.DataFrame, base: float, records: dict, budget: str) -> dict:
     """One row of the table: an arm's runs of a budget; `base` is MAE's processor time."""
-    cpu = pd.to_numeric(runs["cpu"]).median()
-    memory = pd.to_numeric(runs["memory"]).max() / 1e6
+    times = pd.to_numeric(runs["cpu"]) / base
     return {
-        "arm": called(arm), "seeds": len(runs), "base_lr": f"{runs['base_lr'].iloc[0]:g}",
+        "arm": called(arm), "seeds": int(runs["knn"].notna().sum()),
+        "base_lr": f"{runs['base_lr'].iloc[0]:g}",
         "20-NN (%)": mean_sd(runs["knn"]), "linear (%)": mean_sd(runs["linear"]),
-        "CPU s": f"{cpu:.0f}", "s": median_or_dash(runs["seconds"]), "× MAE": f"{cpu / base:.1f}",
-        "MB": f"{memory:.0f}",
-        "images": f"{pd.to_numeric(runs['images']).mean():,.0f}",
+        "CPU s": median_or_dash(runs["cpu"]), "s": median_or_dash(runs["seconds"]),
+        "× MAE": median_or_dash(times, 1), "MB": median_or_dash(pd.to_numeric(runs["memory"]) / 1e6),
+        "images": median_or_dash(runs["images"]),
         "reaches MAE": arrival(milestones(records, arm)) if budget == "flops" else "",
     }  # fmt: skip
 
@@ -499,16 +631,6 @@ def improved(records: dict) -> list[str]:
     tale = f"Ideas for CL-MAE, mean validation accuracy{far} with {len(TRYING)} other seeds: {each}."
     return [tale, verdict(best, confirmed(records))] if best else [tale]
 
-# %% ../nbs/21_readout.ipynb #dcf3e25e
-def number(jobs: list) -> str:
-    """`1 run`, `2 runs`."""
-    return f"{len(jobs)} run{'s' * (len(jobs) != 1)}"
-
-
-def cost(jobs: list, records: dict) -> str:
-    """What jobs will take, in words."""
-    return hours(sum(expected(job, records) for job in jobs))
-
 # %% ../nbs/21_readout.ipynb #d14a9827
 def still(records: dict, label: str = "embedded") -> list[str]:
     """A line for each budget and arm with missing runs, with their expected processor time; then the sum."""
@@ -517,12 +639,12 @@ def still(records: dict, label: str = "embedded") -> list[str]:
     for job in left:
         groups.setdefault((job.budget, job.arm), []).append(job)
     lines = [
-        f"{called(arm)}, {WAYS[budget]}: {number(jobs)}, about {cost(jobs, records)}"
+        f"{called(arm)}, {WAYS[budget]}: {number(len(jobs))}, about {cost(jobs, records)}"
         for (budget, arm), jobs in groups.items()
     ]
     if not left:
         return ["Nothing is missing."]
-    return [*lines, f"In all: {number(left)}, about {cost(left, records)} of one core."]
+    return [*lines, f"In all: {to_do(records, label)}."]
 
 # %% ../nbs/21_readout.ipynb #95bce8ed
 def as_plain(frame: pd.DataFrame) -> dict:
@@ -544,6 +666,7 @@ def summary(records: dict, label: str = "embedded") -> dict:
         "sentences": {
             "noise": pilot(table),
             **{budget: conclusions(records, budget, label) for budget in BUDGETS},
+            "contrasts": contrasts(records),
             "rates": at_the_edge(records, label),
             "ideas": improved(records),
         },
@@ -575,6 +698,7 @@ def read_out(label: str = "embedded", folder=None) -> list[str]:
     return [
         told["noise"],
         *(line for budget in BUDGETS for line in told[budget]),
+        *told["contrasts"],
         *told["rates"],
         *told["ideas"],
         *found["missing"],
