@@ -1,7 +1,7 @@
 """What `make smoke` runs: the whole pipeline, tiny, with DVC, on a copy in build/smoke.
 
-The copy has its own DVC repository, a few of the images and a small model. It shows in about a minute that
-every stage runs and leaves what it should; its numbers mean nothing.
+The copy has its own DVC repository, a few of the images and a small model. It shows in a minute and a half
+that every stage runs and leaves what it should; its numbers mean nothing.
 """
 
 import os

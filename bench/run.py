@@ -1,6 +1,6 @@
 """What `make bench` runs: seconds of one training step, ours beside others', in one interleaved run.
 
-    python -m bench.run                    the CPU's cases, all cores, about 17 minutes on two
+    python -m bench.run                    the CPU's cases, all cores: 17 of make bench's 22 minutes on two
     python -m bench.run --case tiny-64     one case
     python -m bench.run --device cuda --precision bf16 --compiled      the GPU's cases, in their precision
     python -m bench.run --quick            tiny, to see that everything runs; its numbers mean nothing

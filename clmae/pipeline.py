@@ -569,7 +569,8 @@ def execute_or_explain(source, partial, parameters, root, label):
         raise failure(error, label, kept) from None
     except nb.DeadKernelError:
         raise StageError(
-            f"stage {label}: its kernel died, most often because memory ran out; see {kept}"
+            f"stage {label}: its kernel died, most often because memory ran out: raise train.accumulate, "
+            f"which keeps the batch, or lower evaluate.batch_size, then the same command; see {kept}"
         ) from None
 
 # %% ../nbs/14_pipeline.ipynb #86678a07

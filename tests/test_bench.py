@@ -74,7 +74,10 @@ def test_losses_agree_where_the_same_is_computed():
     assert max(found.values()) <= contestants.TOLERANCE
 
 
-@pytest.mark.skipif(absent("transformers") or absent("lightly"), reason="needs transformers and lightly")
+@pytest.mark.skipif(
+    absent("transformers") or absent("lightly"),
+    reason="needs transformers and lightly: pip install -c requirements.lock -r bench/requirements.txt",
+)
 def test_other_libraries_compute_the_same_with_as_many_parameters():
     found = contestants.check(QUICK, PARAMS)
     assert found["MAE, Hugging Face"] <= 1e-5 and found["MAE, lightly"] <= 1e-5

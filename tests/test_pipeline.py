@@ -290,8 +290,12 @@ def test_any_other_failure_keeps_its_story_and_the_notebook(repository):
 
 def test_dead_kernel_is_said_to_be_dead(repository):
     root = repository("dies", "import os; os._exit(1)")
-    with pytest.raises(StageError, match="its kernel died, most often because memory ran out"):
+    with pytest.raises(StageError, match="its kernel died, most often because memory ran out") as caught:
         run_stage("dies", ["train"], root=root)
+    for cure in ("train.accumulate", "evaluate.batch_size"):
+        assert cure in str(caught.value)
+        section, key = cure.split(".")
+        assert key in read_yaml(ROOT / "params.yaml")[section]
 
 
 @pytest.mark.parametrize(
