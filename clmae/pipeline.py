@@ -8,9 +8,9 @@ __all__ = ['NUMBERS', 'THREADS', 'INJECTED', 'MADE', 'MISSING', 'arguments', 'ki
            'check_model', 'check_device', 'check_build', 'validate', 'read_valid', 'fingerprint', 'read_valid_once',
            'stage_notebook', 'parameter_names', 'chosen', 'refuse_unknown', 'surroundings', 'environment', 'Follower',
            'followed', 'tidy_text', 'tidy_outputs', 'tidy', 'StageError', 'needs', 'failure', 'execute', 'Caught',
-           'Relay', 'attended', 'children', 'execute_or_explain', 'as_bytes', 'run_stage', 'from_the_top', 'fix_links',
-           'output_markdown', 'cell_markdown', 'readme', 'write_readme', 'Difference', 'close', 'number', 'contents',
-           'compare_files', 'compare', 'report', 'rebuild', 'verify']
+           'Relay', 'starters', 'attended', 'children', 'execute_or_explain', 'as_bytes', 'run_stage', 'from_the_top',
+           'fix_links', 'output_markdown', 'cell_markdown', 'readme', 'write_readme', 'Difference', 'close', 'number',
+           'contents', 'compare_files', 'compare', 'report', 'rebuild', 'verify']
 
 # %% ../nbs/14_pipeline.ipynb #5d6406c6
 import ast
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -531,18 +531,28 @@ class Relay(Caught):
         if self.given and kind is not None and not issubclass(kind, UserError):
             raise KeyboardInterrupt from None
 
+# %% ../nbs/14_pipeline.ipynb #ecbc9bb9
+def starters() -> list[int]:
+    """The pids above a stage: its shell, if that waits for it, up to the first told of no stage, DVC."""
+    (psutil,) = needs("psutil")
+    above = [os.getppid()]
+    with suppress(psutil.Error):  # gone just now, or someone else's
+        while "DVC_STAGE" in psutil.Process(above[-1]).environ():
+            above.append(psutil.Process(above[-1]).ppid())
+    return above
+
 # %% ../nbs/14_pipeline.ipynb #65fc09fa
 @contextmanager
 def attended(relay, pause=0.5):
-    """While the block runs as a stage of DVC, the end of the process that started us counts as SIGTERM.
+    """While the block runs as a stage of DVC, the end of DVC or of its shell counts as SIGTERM.
 
     The kernel hears of it at once, whatever the main thread is doing; without a kernel this process ends.
     """
-    parent, done = os.getppid(), threading.Event()
+    above, done = starters(), threading.Event()
 
     def loop():
         while not done.wait(pause) and not relay.given:
-            if os.getppid() != parent:
+            if starters() != above:
                 return relay.give(signal.SIGTERM) or os.kill(os.getpid(), signal.SIGTERM)
 
     if "DVC_STAGE" in os.environ:

@@ -423,9 +423,14 @@ def test_asked_to_stop_a_stage_lets_its_kernel_save(repository, sent):
     assert (root / "saved").read_text() == "all" and result(root, "long") == "earlier"
 
 
-def test_a_stage_whose_dvc_has_gone_saves_and_stops(repository):
+WAITING = ["sh", "-c", '"$@"; true', "sh"]  # a shell that stays between us and the command
+STAGE = ["env", "DVC_STAGE=long"]
+
+
+@pytest.mark.parametrize("before", [[*STAGE, *WAITING], [*WAITING, *STAGE], [*WAITING, *STAGE, *WAITING]])
+def test_a_stage_whose_dvc_or_shell_has_gone_saves_and_stops(repository, before):
     root = repository("long", SAVES)
-    stage = begun(root, "env", "DVC_STAGE=long", "sh", "-c", '"$@"; true', "sh")  # true: sh has to wait
+    stage = begun(root, *before)
     stage.kill()
     said = stage.stderr.read()  # until the stage has ended, too
     assert "clmae: stopped by SIGTERM after step 3 of 9" in said and (root / "saved").exists()

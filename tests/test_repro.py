@@ -56,14 +56,17 @@ def draw_images(folder: Path):
                 coarse.resize((64, 64), filtering).save(place / f"{i:02}.png")
 
 
-def start(top: Path, *targets: str) -> subprocess.Popen:
-    """`dvc repro` in a process group of its own, which Ctrl-C can reach whatever this process ignores."""
+def start(top: Path, *targets: str, **changes: str) -> subprocess.Popen:
+    """`dvc repro` in a process group of its own, which Ctrl-C can reach whatever this process ignores.
+
+    `changes` are made to the environment.
+    """
     environ = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
     environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", *targets],
         cwd=top,
-        env=environ | {"PYTHONPATH": str(top)},
+        env=environ | {"PYTHONPATH": str(top)} | changes,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -310,10 +313,13 @@ def awaits(process: psutil.Process, number: signal.Signals) -> bool:
     return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
 
-def test_dvc_that_is_ended_lets_training_save(finished, tmp_path):
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])  # one of them may wait for a stage, one not
+def test_dvc_that_is_ended_lets_training_save(finished, tmp_path, shell):
+    if not Path(shell).exists():
+        pytest.skip(f"no {shell}")
     top = shutil.copytree(finished, tmp_path / "copy", symlinks=True)
     SMOKE["override"](top, {"train": {"checkpoint_minutes": 5.0}})
-    process = start(top, f"pretrain@{NAME}")
+    process = start(top, f"pretrain@{NAME}", SHELL=shell)
     wait_for(process, lambda: steps_saved(top) > 0)
     with held_still(kernel_of(process)) as kernel:  # else it may be done before it is told to stop
         stage = kernel.parent()
