@@ -193,15 +193,20 @@ def bakeoff(args):
     if args.list:
         print(*trial.listing(trial.records_of(trial.home(), args.set), args.set), sep="\n")
         return 0
-    if args.arm is None:
+    if args.arm is None and not args.baselines:
         done = trial.run_missing(minutes=args.minutes, report=lambda line: print(line, flush=True), **where)
         print("all runs are done" if done else "the same command goes on")
         return 0
-    job = trial.job_of(args.budget, args.arm, args.seed, args.factor)
-    record, differing = trial.run_one(job, **where)
-    outcome = trial.said(record) if differing is None else f"other {', '.join(differing)}"
+    if args.baselines:
+        name, (record, differing) = trial.BASELINES, trial.run_baselines(**where)
+        told = "; ".join(f"{key}: {scores(result)}" for key, result in record["metrics"].items())
+    else:
+        job = trial.job_of(args.budget, args.arm, args.seed, args.factor)
+        name, (record, differing) = job.name, trial.run_one(job, **where)
+        told = trial.said(record)
+    outcome = told if differing is None else f"other {', '.join(differing)}"
     if not args.quiet:
-        print(f"{job.name}: {'as recorded' if differing == [] else outcome}")
+        print(f"{name}: {'as recorded' if differing == [] else outcome}")
     return 1 if differing else 0
 
 
@@ -318,6 +323,9 @@ def parser():
     command.add_argument("--seed", type=int, default=10, metavar="N", help="of that arm; default: %(default)s")
     command.add_argument("--budget", choices=["flops", "images"], default="flops", help="default: %(default)s")
     command.add_argument("--factor", type=float, metavar="F", help="a tuning trial with base_lr times F")
+    command.add_argument(
+        "--baselines", action="store_true", help="score what needs no training; if it is recorded, compare"
+    )
     command.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     command = add(stage, "run one stage's notebook, as dvc.yaml does", pair=True)
     command.add_argument("name", help="prepare, pretrain, evaluate, ...: nbs/stages/*_NAME.ipynb")

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SEEDS', 'TUNING_SEED', 'FACTORS', 'BUDGETS', 'LEVEL', 'MONITOR_EPOCHS', 'METHODS', 'CONTROLS', 'MASKS', 'ALONE',
            'CURRICULA', 'SOFT', 'ESTIMATORS', 'SHARES', 'ABLATIONS', 'arms', 'IDEAS', 'ideas', 'CONTRASTS', 'SETS',
-           'IMPROVED_ON', 'TRYING', 'CONFIRMING', 'PACKAGES', 'KEPT', 'NUMBERS', 'GUESS', 'Arm', 'changed', 'arm_named',
-           'block_of', 'in_the_running', 'power', 'detectable', 'arms_of', 'Job', 'trials', 'counted', 'job_of',
-           'validation', 'goes_on', 'tuning', 'hopeless', 'chosen_factor', 'given_up', 'attempts', 'tried', 'best_idea',
-           'confirmation', 'counts', 'program', 'ready', 'commit', 'peak_memory', 'Clock', 'told', 'workplace',
-           'settings', 'trained', 'scores', 'once', 'place', 'records_of', 'command_of', 'perform', 'lock_of',
-           'differences', 'run_one', 'usual', 'stretch', 'expected', 'missing', 'hours', 'number', 'cost', 'to_do',
-           'listing', 'said', 'launch', 'held', 'next_job', 'run_missing', 'progress']
+           'IMPROVED_ON', 'TRYING', 'CONFIRMING', 'PACKAGES', 'KEPT', 'NUMBERS', 'BASELINES', 'GUESS', 'Arm', 'changed',
+           'arm_named', 'block_of', 'in_the_running', 'power', 'detectable', 'arms_of', 'Job', 'trials', 'counted',
+           'job_of', 'validation', 'goes_on', 'tuning', 'hopeless', 'chosen_factor', 'given_up', 'attempts', 'tried',
+           'best_idea', 'confirmation', 'counts', 'program', 'ready', 'commit', 'peak_memory', 'Clock', 'told',
+           'workplace', 'settings', 'trained', 'scores', 'once', 'place', 'records_of', 'asking', 'command_of',
+           'circumstances', 'perform', 'lock_of', 'differences', 'keep', 'run_one', 'baselines_of', 'run_baselines',
+           'usual', 'stretch', 'expected', 'missing', 'hours', 'number', 'cost', 'to_do', 'listing', 'said', 'launch',
+           'held', 'next_job', 'carried_out', 'run_missing', 'progress']
 
 # %% ../nbs/20_bakeoff.ipynb #5d6406c6
 import resource
@@ -37,7 +38,7 @@ from .files import Lock, home, plain, read_json, sha256, write_json
 from .machine import machine, versions
 from .mae import load_mae
 from .pipeline import read_valid
-from .runs import Reader, open_stores, pretrain_run, probes
+from .runs import Reader, baselines_run, open_stores, pretrain_run, probes
 from .trainer import make_fabric
 
 # %% ../nbs/20_bakeoff.ipynb #ff946161
@@ -354,9 +355,9 @@ def told(history: list[dict]) -> dict:
     }  # fmt: skip
 
 # %% ../nbs/20_bakeoff.ipynb #9942fe4f
-def workplace(root: Path, label: str, job: Job, prepared: Path) -> Path:
-    """The folder of a run, with the prepared images linked in."""
-    folder = root / "build" / "bakeoff" / label / job.name
+def workplace(root: Path, label: str, name: str, prepared: Path) -> Path:
+    """The folder that a run of this name works in, with the prepared images linked in."""
+    folder = root / "build" / "bakeoff" / label / name
     link = folder / "build" / "prepared"
     link.parent.mkdir(parents=True, exist_ok=True)
     if link.is_symlink():
@@ -426,14 +427,29 @@ def records_of(root: Path, label: str) -> dict[str, dict]:
     files = sorted(folder.glob("*/*.json"))
     return {f"{path.parent.name}/{path.stem}": read_json(path) for path in files}
 
-# %% ../nbs/20_bakeoff.ipynb #ad8e3a39
-def command_of(job: Job, label: str, params: str, prepared: str) -> str:
-    """The command that makes a job's numbers again."""
-    words = ["--set", label, "--budget", job.budget, "--arm", job.arm, "--seed", job.seed]
-    words += ["--factor", f"{job.factor:g}"] if job.factor is not None else []
+# %% ../nbs/20_bakeoff.ipynb #2bc80cf9
+def asking(label: str, own: list, params: str, prepared: str) -> str:
+    """The command of a run on a set: `own` words, then what is not as usual."""
+    words = ["--set", label, *own]
     words += ["--params", params] if params != "params.yaml" else []
     words += ["--prepared", prepared] if prepared != "build/prepared" else []
     return shlex.join(["python", "-m", "clmae", "bakeoff", *map(str, words)])
+
+
+def command_of(job: Job, label: str, params: str, prepared: str) -> str:
+    """The command that makes a job's numbers again."""
+    own = ["--budget", job.budget, "--arm", job.arm, "--seed", job.seed]
+    own += ["--factor", f"{job.factor:g}"] if job.factor is not None else []
+    return asking(label, own, params, prepared)
+
+# %% ../nbs/20_bakeoff.ipynb #55704f85
+def circumstances(sections: dict, label: str, root: Path, params: str, prepared: str) -> dict:
+    """What every record tells of images, settings, code and packages."""
+    return {
+        "set": label, "images_sha256": sha256(root / prepared / "manifest.json"),
+        "settings": {name: section.model_dump(mode="json") for name, section in sections.items()},
+        "commit": commit(root, params), "versions": versions(*PACKAGES),
+    }  # fmt: skip
 
 # %% ../nbs/20_bakeoff.ipynb #2b1b2b08
 def perform(job: Job, config: Config, label: str, root: Path, params: str, prepared: str) -> dict:
@@ -446,13 +462,10 @@ def perform(job: Job, config: Config, label: str, root: Path, params: str, prepa
             f"{job.arm}: not tuned yet; run `python -m clmae bakeoff --set {label}`, which does it first"
         )
     arm, block, sections = arm_named(job.arm), block_of(job.arm, config), settings(job, config, factor)
-    folder = workplace(root, label, job, root / prepared)
-    facts = {
-        "set": label, "images_sha256": sha256(root / prepared / "manifest.json"), **job._asdict(),
-        "stage": "run" if job.factor is None else "tune", "family": arm.family, "factor": factor,
-        "against": arm.against, "block": block, "base_lr": sections["train"].base_lr,
-        "settings": {name: section.model_dump(mode="json") for name, section in sections.items()},
-        "commit": commit(root, params), "versions": versions(*PACKAGES),
+    folder = workplace(root, label, job.name, root / prepared)
+    facts = circumstances(sections, label, root, params, prepared) | {
+        **job._asdict(), "stage": "run" if job.factor is None else "tune", "family": arm.family,
+        "factor": factor, "against": arm.against, "block": block, "base_lr": sections["train"].base_lr,
         "command": command_of(job, label, params, prepared),
     }  # fmt: skip
     found = once(folder / "trained.json", lambda: trained(job, block, sections, folder))
@@ -461,9 +474,9 @@ def perform(job: Job, config: Config, label: str, root: Path, params: str, prepa
     return facts | found | {"metrics": scores(job, sections, folder) if looked else None}
 
 # %% ../nbs/20_bakeoff.ipynb #b3a22f6e
-def lock_of(root: Path, label: str, job: Job) -> Path:
-    """The lock that a process holds while it runs a job."""
-    return root / "build" / "bakeoff" / label / f"{job.name}.lock"
+def lock_of(root: Path, label: str, name: str) -> Path:
+    """The lock that a process holds while it makes the record of this name."""
+    return root / "build" / "bakeoff" / label / f"{name}.lock"
 
 
 NUMBERS = (
@@ -485,20 +498,49 @@ def differences(old: dict, new: dict) -> list[str]:
     """Which numbers of two records of one job differ."""
     return [key for key in NUMBERS if old.get(key) != new.get(key)]
 
+# %% ../nbs/20_bakeoff.ipynb #e5803b3e
+def keep(path: Path, record: dict) -> list[str] | None:
+    """Write a new record, None; one that is there stays, and it's told what differs from it."""
+    if path.exists():
+        return differences(read_json(path), plain(record))
+    return write_json(path, record)
+
 # %% ../nbs/20_bakeoff.ipynb #1d82ad70
 def run_one(
     job: Job, *, label: str, params: str, prepared: str, folder=None
 ) -> tuple[dict, list[str] | None]:
     """Run one job: its record, and None if it is new, else what differs from the one recorded before."""
     root, config = home(folder), read_valid(params)
-    path = place(root, label) / f"{job.name}.json"
-    with Lock(lock_of(root, label, job), f"the run {job.name}"):
+    with Lock(lock_of(root, label, job.name), f"the run {job.name}"):
         record = perform(job, config, label, root, params, prepared)
-        differing = differences(read_json(path), plain(record)) if path.exists() else None
-        if differing is None:
-            write_json(path, record)
+        differing = keep(place(root, label) / f"{job.name}.json", record)
         if not record["failed"]:
             shutil.rmtree(root / "build" / "bakeoff" / label / job.name)
+        return record, differing
+
+# %% ../nbs/20_bakeoff.ipynb #84058c3c
+BASELINES = "baselines"  # their record's name
+
+
+def baselines_of(root: Path, label: str) -> dict:
+    """The test scores of what needs no training on a set by name; empty before they are recorded."""
+    path = place(root, label) / f"{BASELINES}.json"
+    return read_json(path)["metrics"] if path.exists() else {}
+
+# %% ../nbs/20_bakeoff.ipynb #af077e69
+def run_baselines(*, label: str, params: str, prepared: str, folder=None) -> tuple[dict, list[str] | None]:
+    """Score what needs no training on a set: as `run_one`."""
+    root, config = home(folder), read_valid(params)
+    with Lock(lock_of(root, label, BASELINES), f"the {BASELINES} of {label}"):
+        sections = {name: getattr(config, name) for name in ("data", "model", "evaluate", "train")}
+        place_ = workplace(root, label, BASELINES, root / prepared)
+        record = circumstances(sections, label, root, params, prepared) | {
+            "command": asking(label, ["--baselines"], params, prepared),
+            "metrics": baselines_run(folder=place_, **sections),
+            "machine": machine(make_fabric(config.train.device).device.type),
+        }
+        differing = keep(place(root, label) / f"{BASELINES}.json", record)
+        shutil.rmtree(place_)
         return record, differing
 
 # %% ../nbs/20_bakeoff.ipynb #99982d18
@@ -598,10 +640,10 @@ def launch(command: str, seconds: float, root: Path) -> bool:
     return True
 
 # %% ../nbs/20_bakeoff.ipynb #032e014b
-def held(root: Path, label: str, job: Job) -> bool:
-    """Whether some process is running a job."""
+def held(root: Path, label: str, name: str) -> bool:
+    """Whether some process is making the record of this name."""
     try:
-        with Lock(lock_of(root, label, job)):
+        with Lock(lock_of(root, label, name)):
             return False
     except UserError:
         return True
@@ -610,26 +652,36 @@ def held(root: Path, label: str, job: Job) -> bool:
 def next_job(root: Path, label: str) -> Job | None:
     """The first job that is missing, can start and is nobody's; None if there is none."""
     records = records_of(root, label)
-    free = (job for job in missing(records, label) if ready(job, records) and not held(root, label, job))
+    free = (job for job in missing(records, label) if ready(job, records) and not held(root, label, job.name))
     return next(free, None)
+
+
+def carried_out(start, name: str, command: str, left: float, root: Path, label: str) -> bool | None:
+    """Start a command; whether it came to its end, None if another process was quicker."""
+    try:
+        return start(command, left, root)
+    except UserError:
+        if not held(root, label, name):
+            raise
+        return None
 
 
 def run_missing(
     *, label: str, params: str, prepared: str, minutes: float, folder=None, report=print,
     start: Callable[[str, float, Path], bool] = launch,
 ) -> bool:  # fmt: skip
-    """Run what is missing in the protocol's order until `minutes` are over; whether nothing is missing."""
+    """Run what is missing, in the protocol's order, until `minutes` are over; whether nothing is missing."""
     root, end = home(folder), time.monotonic() + 60 * minutes
     read_valid(params)
+    if minutes > 0 and not baselines_of(root, label):
+        own = asking(label, ["--baselines"], params, prepared)
+        carried_out(start, BASELINES, own, end - time.monotonic(), root, label)
     while (job := next_job(root, label)) and (left := end - time.monotonic()) > 0:
-        try:
-            if not start(command_of(job, label, params, prepared), left, root):
-                break
-        except UserError:
-            if not held(root, label, job):
-                raise
-            continue  # another process was quicker
-        report(progress(job, records_of(root, label), label))
+        ended = carried_out(start, job.name, command_of(job, label, params, prepared), left, root, label)
+        if ended:
+            report(progress(job, records_of(root, label), label))
+        elif ended is False:
+            break
     return not missing(records_of(root, label), label)
 
 # %% ../nbs/20_bakeoff.ipynb #aef25017

@@ -266,6 +266,7 @@ def pretend(tmp_path):
         how = {"label": "toy", "params": ROOT / "params.yaml", "prepared": "x", "folder": tmp_path}
         return bakeoff.run_missing(**{**how, "minutes": 5, "report": lines.append, "start": start, **more})
 
+    write_json(bakeoff.place(tmp_path, "toy") / "baselines.json", {"metrics": {"pixels": {}}})
     asked, lines, stops = [], [], set()
     go.asked, go.lines, go.stops, go.folder, go.job_in = asked, lines, stops, tmp_path, job_in
     return go
@@ -293,7 +294,7 @@ def test_a_slice_that_is_over_is_gone_on_with(pretend, monkeypatch):
 
 def test_of_two_processes_each_passes_over_what_the_other_holds(pretend):
     jobs = trials("mae") + trials("cl_mae")
-    with Lock(bakeoff.lock_of(pretend.folder, "toy", jobs[0])):
+    with Lock(bakeoff.lock_of(pretend.folder, "toy", jobs[0].name)):
         assert bakeoff.next_job(pretend.folder, "toy") == jobs[1]
         for job in trials("mae")[1:]:
             write_json(bakeoff.place(pretend.folder, "toy") / f"{job.name}.json", outcome(job))
@@ -312,13 +313,33 @@ def test_who_was_slower_to_start_goes_on_with_the_next(pretend):
         lock.__enter__()
         raise UserError("in use")
 
-    lock = Lock(bakeoff.lock_of(pretend.folder, "toy", jobs[0]))
+    lock = Lock(bakeoff.lock_of(pretend.folder, "toy", jobs[0].name))
     try:
         assert not pretend(start=start) and turns == jobs[:2]
     finally:
         lock.__exit__(None, None, None)
     with pytest.raises(UserError, match="broken"):
         pretend(start=lambda *given: (_ for _ in ()).throw(UserError("broken")))
+
+
+def test_what_needs_no_training_comes_first_and_once(pretend):
+    def start(command, seconds, root):
+        turns.append(command)
+        if "--baselines" in command:
+            write_json(path, {"metrics": {"pixels": {}}})
+            return True
+        return False
+
+    path, turns = bakeoff.place(pretend.folder, "toy") / "baselines.json", []
+    path.unlink()
+    assert not pretend(start=start) and not pretend(start=start)
+    assert ["--baselines" in command for command in turns] == [True, False, False]
+    path.unlink()
+    with Lock(bakeoff.lock_of(pretend.folder, "toy", "baselines")):  # another process is at it
+        busy = lambda *given: "--baselines" in given[0] and (_ for _ in ()).throw(UserError("in use"))  # noqa: E731
+        assert not pretend(start=busy)
+    with pytest.raises(UserError, match="in use"):
+        pretend(start=busy)
 
 
 def test_a_child_is_stopped_in_time_and_its_failure_is_told(tmp_path):
@@ -396,6 +417,19 @@ def test_a_rerun_that_differs_is_told_and_kept_out(here, capsys):
     assert read_json(path)["validation_knn"] == 0.123
 
 
+def test_baselines_are_scored_once_and_compared_afterwards(here, capsys):
+    assert main(["bakeoff", "--baselines"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{name}: knn " in said for name in ("random", "pixels", "pca")) and "linear" in said
+    path = bakeoff.place(here, "embedded") / "baselines.json"
+    record, before = read_json(path), path.read_bytes()
+    assert main(command(record)) == 0 and capsys.readouterr().out == "baselines: as recorded\n"
+    assert bakeoff.baselines_of(here, "embedded") == record["metrics"] and path.read_bytes() == before
+    write_json(path, record | {"metrics": {}})
+    assert main(command(record)) == 1 and capsys.readouterr().out == "baselines: other metrics\n"
+    assert bakeoff.records_of(here, "embedded") == {} and not list(Path("build/bakeoff").rglob("*.json"))
+
+
 def test_an_interrupted_run_leaves_no_record_and_goes_on(here, monkeypatch):
     """Asked to stop in its second epoch, it goes on there and ends with the numbers of a run in one go."""
 
@@ -424,7 +458,7 @@ def test_an_interrupted_run_leaves_no_record_and_goes_on(here, monkeypatch):
     record, differing = bakeoff.run_one(job, **how)
     assert epochs() == [2, 3, 4]  # nothing is trained twice
     assert differing is None and record["seconds"] is None and record["cpu_seconds"] is None
-    assert not bakeoff.held(here, "embedded", job)
+    assert not bakeoff.held(here, "embedded", job.name)
     whole, differing = bakeoff.run_one(job, **how)
     assert epochs() == [1, 2, 3, 4] and whole["cpu_seconds"] > 0 and differing == []
     assert bakeoff.records_of(here, "embedded") == {job.name: json.loads(json.dumps(record))}
@@ -455,6 +489,19 @@ def test_a_loss_that_is_no_number_is_a_result(here):
 
 SETS = [path for path in sorted((ROOT / "results/recorded/bakeoff").glob("*")) if path.is_dir()]
 RECORDS = [path for folder in SETS for path in sorted(folder.glob("*/*.json"))]
+
+
+@pytest.mark.parametrize("folder", SETS, ids=lambda path: path.name)
+def test_committed_baselines_are_of_the_images_of_the_runs(folder):
+    record, own = read_json(folder / "baselines.json"), folder / "params.yaml"
+    config = read_params(own) if own.exists() else CONFIG
+    runs = [read_json(path) for path in sorted(folder.glob("*/*.json"))]
+    assert {run["images_sha256"] for run in runs} == {record["images_sha256"]}
+    for name, section in record["settings"].items():
+        assert getattr(config, name).model_dump(mode="json") == section, f"{name} has moved since"
+    tested = {found["test_images"] for found in record["metrics"].values()}
+    assert len(tested) == 1 and {run["metrics"]["test_images"] for run in runs if run["metrics"]} <= tested
+    assert set(record["metrics"]) == {"random", "pixels", "pca"} and "+" not in record["commit"]
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: f"{path.parent.name}/{path.stem}")
