@@ -444,7 +444,8 @@ def command_of(job: Job, label: str, params: str, prepared: str) -> str:
 
 # %% ../nbs/20_bakeoff.ipynb #55704f85
 def circumstances(sections: dict, label: str, root: Path, params: str, prepared: str) -> dict:
-    """What every record tells of images, settings, code and packages."""
+    """What every record tells of images, settings, code and packages. UserError without fitting images."""
+    open_stores(root / prepared, sections["data"], "test")
     return {
         "set": label, "images_sha256": sha256(root / prepared / "manifest.json"),
         "settings": {name: section.model_dump(mode="json") for name, section in sections.items()},
