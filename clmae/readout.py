@@ -6,10 +6,11 @@
 __all__ = ['PROBES', 'COSTS', 'EMPTY', 'CALLED', 'WAYS', 'TONES', 'NAMED', 'row', 'table_of', 'differences', 'Interval',
            'interval', 'holm', 'outcome', 'family_of', 'broken', 'times', 'compare', 'called', 'points', 'sure',
            'judged', 'unjudged', 'reason', 'noise', 'strictly', 'paired', 'pilot', 'listed', 'overall', 'page',
-           'conclusions', 'across', 'contrasts', 'at_the_edge', 'draw_pair', 'draw_outside', 'reach_of', 'draw_column',
-           'forest_key', 'draw_forest', 'curves_of', 'ends_of', 'draw_ends', 'draw_operations', 'draw_gaps',
-           'health_table', 'milestones', 'arrival', 'mean_sd', 'median_or_dash', 'table_row', 'results_table',
-           'ideas_table', 'confirmed', 'verdict', 'improved', 'still', 'as_plain', 'summary', 'pictures', 'read_out']
+           'conclusions', 'across', 'contrasts', 'at_the_edge', 'floors', 'grounded', 'draw_pair', 'draw_outside',
+           'reach_of', 'draw_column', 'forest_key', 'draw_forest', 'curves_of', 'ends_of', 'draw_ends',
+           'draw_operations', 'draw_gaps', 'health_table', 'milestones', 'arrival', 'mean_sd', 'median_or_dash',
+           'table_row', 'floor_rows', 'results_table', 'ideas_table', 'confirmed', 'verdict', 'improved', 'still',
+           'as_plain', 'summary', 'pictures', 'read_out']
 
 # %% ../nbs/21_readout.ipynb #5d6406c6
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from clmae.bakeoff import (
     arms,
     arms_of,
     attempts,
+    baselines_of,
     best_idea,
     chosen_factor,
     cost,
@@ -51,6 +53,7 @@ from clmae.figures import (
     BASELINE,
     HIDDEN,
     KEPT,
+    NAMES,
     UNITS,
     colours,
     draw_lines,
@@ -366,6 +369,30 @@ def at_the_edge(records: dict, label: str = "embedded") -> list[str]:
         told += [f"The best learning rate was the {word} of three for {'; '.join(names)}."] if names else []
     return told
 
+# %% ../nbs/21_readout.ipynb #8827d610
+def floors(baselines: dict, probe: str = "knn") -> pd.DataFrame:
+    """Accuracy and its interval over images, in percent, of what needs no training; by name."""
+    found = {NAMES[name]: baselines[name][probe] for name in NAMES if probe in baselines.get(name, {})}
+    rows = {
+        name: [100 * scores[key] for key in ("accuracy", "low", "high")] for name, scores in found.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["accuracy", "low", "high"])
+
+# %% ../nbs/21_readout.ipynb #eb52c1cd
+def grounded(table: pd.DataFrame, baselines: dict) -> list[str]:
+    """The sentence on who is above what needs no training; none where nothing is known of that."""
+    found, runs = floors(baselines), table[table["budget"] == "flops"].dropna(subset="knn")
+    if not len(found):
+        return []
+    means = runs.astype({"knn": float}).groupby("arm")["knn"].mean()
+    best = found.loc[found["accuracy"].idxmax()]
+    below = [called(name) for name in arms if name in means.index and means[name] <= best["high"]]
+    each = listed([f"{name} {r.accuracy:.1f} %" for name, r in zip(found.index, found.itertuples())])
+    who = "every arm that has run" + (f" but {listed(below)}" if below else "")
+    who = "no arm that has run" if len(below) == len(means) else who
+    told = f" Above the best of these, beyond its interval over images ({best['high']:.1f} %), is {who}."
+    return [f"What needs no training reaches, by 20-NN: {each}.{told if len(means) else ''}"]
+
 # %% ../nbs/21_readout.ipynb #531be560
 TONES = {"wins": KEPT, "loses": HIDDEN, "within noise": "#000000", "no statement": BASELINE}
 
@@ -469,11 +496,17 @@ def ends_of(table: pd.DataFrame, arm: str) -> pd.DataFrame:
     return runs.groupby("budget").agg(flops=("flops", "mean"), mean=("knn", "mean"), sd=("knn", "std"))
 
 # %% ../nbs/21_readout.ipynb #272d9cf9
-def draw_ends(ax, table: pd.DataFrame, unit: str, palette: dict) -> None:
+def draw_ends(ax, table: pd.DataFrame, unit: str, palette: dict, baselines: dict = {}) -> None:
     """Where runs ended: test accuracy ± sd over operations, filled at equal operations, open at equal images.
 
-    At equal operations all arms are at one place; they are drawn side by side around it.
+    At equal operations all arms are at one place; they are drawn side by side around it. Dotted: what needs
+    no training.
     """
+    for name, r in floors(baselines).iterrows():
+        ax.axhline(r["accuracy"], color=BASELINE, lw=1, ls=":")
+        ax.annotate(
+            name, (0, r["accuracy"]), (3, 2), textcoords="offset points", color=BASELINE, size="small"
+        )
     ends = {arm: ends_of(table, arm) for arm in palette}
     ends = {arm: found for arm, found in ends.items() if len(found)}
     step = 0.02 * max((found["flops"].max() for found in ends.values()), default=0) / UNITS[unit]
@@ -483,11 +516,12 @@ def draw_ends(ax, table: pd.DataFrame, unit: str, palette: dict) -> None:
         for at, (budget, end) in zip(x, found.iterrows()):
             how = {"color": palette[arm], "mfc": palette[arm] if budget == "flops" else "white"}
             ax.errorbar(at, end["mean"], yerr=np.nan_to_num(end["sd"]), fmt="o", ms=6, **how)
+    ax.margins(x=0.05)
     ax.set(xlabel=f"operations ({unit}); open: equal images", ylabel="20-NN on test (%)", xlim=(0, None))
 
 # %% ../nbs/21_readout.ipynb #85f39d8e
 @styled
-def draw_operations(records: dict, table: pd.DataFrame) -> Figure:
+def draw_operations(records: dict, table: pd.DataFrame, baselines: dict = {}) -> Figure:
     """Validation curves and final test accuracies of MAE and the methods over operations."""
     names = ["mae", *METHODS]
     palette, curves = colours(names), curves_of(records, names)
@@ -496,7 +530,7 @@ def draw_operations(records: dict, table: pd.DataFrame) -> Figure:
     left, right = figure.subplots(1, 2)
     draw_lines(left, curves.assign(spent=curves["flops"] / UNITS[unit]), "spent", "percent", palette, lw=1.8)
     left.set(xlabel=f"operations ({unit})", ylabel="20-NN on validation (%)", xlim=(0, None))
-    draw_ends(right, table, unit, palette)
+    draw_ends(right, table, unit, palette, baselines)
     run_legend(figure, palette, set(table["arm"]))
     return figure
 
@@ -577,15 +611,30 @@ def table_row(arm: str, runs: pd.DataFrame, base: float, records: dict, budget: 
         "reaches MAE": arrival(milestones(records, arm)) if budget == "flops" else "",
     }  # fmt: skip
 
+# %% ../nbs/21_readout.ipynb #762e28cf
+def floor_rows(baselines: dict) -> list[dict]:
+    """Rows of the table for what needs no training: accuracies alone."""
+    columns = {"20-NN (%)": floors(baselines, "knn"), "linear (%)": floors(baselines, "linear")}
+    return [
+        {"arm": name, **{key: f"{found.loc[name, 'accuracy']:.1f}" for key, found in columns.items()}}
+        for name in columns["20-NN (%)"].index
+    ]
+
 # %% ../nbs/21_readout.ipynb #5ad32bba
-def results_table(records: dict, budget: str = "flops") -> pd.DataFrame:
-    """A row for each arm that has run: accuracies as mean ± sd over seeds, learning rate, cost."""
+def results_table(records: dict, budget: str = "flops", baselines: dict = {}) -> pd.DataFrame:
+    """A row for each arm that has run: accuracies as mean ± sd over seeds, learning rate, cost.
+
+    What needs no training comes first.
+    """
     table = table_of(records)
     table = table[table["budget"] == budget]
     base = pd.to_numeric(table.loc[table["arm"] == "mae", "cpu"]).median()
     grouped = {name: table[table["arm"] == name] for name in arms}
     rows = [table_row(name, runs, base, records, budget) for name, runs in grouped.items() if len(runs)]
-    return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()
+    if not rows:
+        return pd.DataFrame()
+    blank = dict.fromkeys(rows[0], "")
+    return pd.DataFrame([*(blank | row for row in floor_rows(baselines)), *rows]).set_index("arm")
 
 # %% ../nbs/21_readout.ipynb #7e0f7dd6
 def ideas_table(records: dict) -> pd.DataFrame:
@@ -655,16 +704,18 @@ def as_plain(frame: pd.DataFrame) -> dict:
     }
 
 # %% ../nbs/21_readout.ipynb #ec1fff58
-def summary(records: dict, label: str = "embedded") -> dict:
+def summary(records: dict, label: str = "embedded", baselines: dict = {}) -> dict:
     """Everything that the records say, as numbers and as sentences."""
     table = table_of(records)
     return {
         "noise": noise(table),
         "comparisons": {b: {p: as_plain(compare(table, b, p)) for p in PROBES} for b in BUDGETS},
-        "tables": {budget: as_plain(results_table(records, budget)) for budget in BUDGETS},
+        "tables": {budget: as_plain(results_table(records, budget, baselines)) for budget in BUDGETS},
+        "baselines": {probe: as_plain(floors(baselines, probe)) for probe in PROBES},
         "health": as_plain(health_table(table)),
         "sentences": {
             "noise": pilot(table),
+            "baselines": grounded(table, baselines),
             **{budget: conclusions(records, budget, label) for budget in BUDGETS},
             "contrasts": contrasts(records),
             "rates": at_the_edge(records, label),
@@ -675,28 +726,29 @@ def summary(records: dict, label: str = "embedded") -> dict:
     }
 
 # %% ../nbs/21_readout.ipynb #7dea8e11
-def pictures(records: dict) -> Iterator[tuple[str, Figure]]:
+def pictures(records: dict, baselines: dict = {}) -> Iterator[tuple[str, Figure]]:
     """Name and figure of everything that can be drawn."""
     table = table_of(records)
     for budget in BUDGETS:
         if set(table.loc[table["budget"] == budget, "arm"]) - {"mae"}:
             yield f"forest-{budget}.png", draw_forest(table, budget)
     if len(table):
-        yield "operations.png", draw_operations(records, table)
+        yield "operations.png", draw_operations(records, table, baselines)
         yield "gaps.png", draw_gaps(table)
 
 # %% ../nbs/21_readout.ipynb #f84481da
 def read_out(label: str = "embedded", folder=None) -> list[str]:
     """Write summary.json and the pictures of a set beside its records; the page of sentences."""
     root = home(folder)
-    records = records_of(root, label)
-    found = summary(records, label)
+    records, baselines = records_of(root, label), baselines_of(root, label)
+    found = summary(records, label, baselines)
     write_json(place(root, label) / "summary.json", found)
-    for name, figure in pictures(records):
+    for name, figure in pictures(records, baselines):
         write_bytes(place(root, label) / name, encode(figure, "png"))
     told = found["sentences"]
     return [
         told["noise"],
+        *told["baselines"],
         *(line for budget in BUDGETS for line in told[budget]),
         *told["contrasts"],
         *told["rates"],

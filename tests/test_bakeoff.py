@@ -421,7 +421,10 @@ def test_without_prepared_images_one_line_says_what_to_do(here, capsys):
     for own in (["--baselines"], ["--arm", "mae", "--seed", "100", "--factor", "1"]):
         assert main(["bakeoff", *own, "--prepared", "nowhere"]) == 2
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and "nowhere holds no prepared images; run `python -m clmae prepare`" in said
+        assert (
+            said.count("\n") == 1
+            and "nowhere holds no prepared images; run `python -m clmae prepare`" in said
+        )
 
 
 def test_baselines_are_scored_once_and_compared_afterwards(here, capsys):

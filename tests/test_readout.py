@@ -19,6 +19,7 @@ from clmae.bakeoff import (
     SEEDS,
     arms,
     attempts,
+    baselines_of,
     confirmation,
     counted,
     place,
@@ -294,6 +295,31 @@ def test_table_has_a_row_for_each_arm_that_ran():
     assert table.loc["MAE", "20-NN (%)"] == "33.5 ± 0.8" and table.loc["MAE", "× MAE"] == "1.0"
 
 
+def ground(**accuracies: float) -> dict:
+    """Baselines with these accuracies, ± 2 points over images."""
+    scores = {name: {"accuracy": a, "low": a - 0.02, "high": a + 0.02} for name, a in accuracies.items()}
+    return {name: {"knn": score, "linear": score} for name, score in scores.items()}
+
+
+@pytest.mark.parametrize(
+    "pixels, who",
+    [(0.1, "every arm that has run."), (0.3, "every arm that has run but RC-MAE."), (0.5, "no arm")],
+)
+def test_who_is_above_what_needs_no_training(pixels, who):
+    records = study(mae=BASE, rc_mae=[0.315])  # 0.335 on average, and one within two points of 0.3
+    [told] = readout.grounded(readout.table_of(records), ground(random=0.05, pixels=pixels))
+    assert f"random encoder 5.0 % and raw pixels {100 * pixels:.1f} %" in told and who in told
+    rows = readout.results_table(records, baselines=ground(pca=0.2, random=0.05))
+    assert list(rows.index) == ["random encoder", "PCA of pixels", "MAE", "RC-MAE"]
+    assert rows.loc["PCA of pixels", "20-NN (%)"] == "20.0" and rows.loc["PCA of pixels", "seeds"] == ""
+
+
+def test_unlabelled_baselines_say_nothing():
+    silent = {"random": {"skipped": "the images of the train split have no labels"}}
+    assert readout.grounded(readout.table_of(study(mae=BASE)), silent) == []
+    assert "skipped" not in json.dumps(readout.summary(study(mae=BASE), baselines=silent))
+
+
 def test_arms_are_titled_apart():
     assert len({readout.called(name) for name in arms}) == len(arms)
 
@@ -303,5 +329,5 @@ def test_committed_summary_is_what_the_records_say(label):
     records = records_of(ROOT, label)
     if not records:
         pytest.skip("nothing has run on it yet")
-    told = json.loads(json.dumps(readout.summary(records, label)))
+    told = json.loads(json.dumps(readout.summary(records, label, baselines_of(ROOT, label))))
     assert told == read_json(place(ROOT, label) / "summary.json")
