@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PROBES', 'COSTS', 'EMPTY', 'CALLED', 'WAYS', 'NOTHING', 'TONES', 'NAMED', 'row', 'table_of', 'differences',
            'Interval', 'interval', 'holm', 'outcome', 'family_of', 'broken', 'times', 'compare', 'called', 'points',
-           'sure', 'judged', 'unjudged', 'reason', 'noise', 'strictly', 'paired', 'pilot', 'listed', 'overall', 'page',
-           'conclusions', 'across', 'contrasts', 'at_the_edge', 'floors', 'grounded', 'draw_pair', 'draw_outside',
-           'reach_of', 'draw_column', 'forest_key', 'draw_forest', 'curves_of', 'ends_of', 'draw_ends',
-           'draw_operations', 'draw_gaps', 'health_table', 'milestones', 'arrival', 'mean_sd', 'median_or_dash',
-           'table_row', 'floor_rows', 'results_table', 'ideas_table', 'confirmed', 'verdict', 'improved', 'still',
-           'as_plain', 'summary', 'pictures', 'read_out']
+           'sure', 'judged', 'unjudged', 'reason', 'noise', 'strictly', 'paired', 'pilot', 'listed', 'overall', 'alike',
+           'together', 'unstated', 'page', 'conclusions', 'across', 'contrasts', 'at_the_edge', 'floors', 'grounded',
+           'draw_pair', 'draw_outside', 'reach_of', 'draw_column', 'forest_key', 'draw_forest', 'curves_of', 'ends_of',
+           'draw_ends', 'draw_operations', 'draw_gaps', 'health_table', 'milestones', 'arrival', 'mean_sd',
+           'median_or_dash', 'table_row', 'floor_rows', 'results_table', 'ideas_table', 'confirmed', 'verdict',
+           'improved', 'still', 'as_plain', 'summary', 'pictures', 'read_out']
 
 # %% ../nbs/21_readout.ipynb #5d6406c6
 from collections.abc import Iterator, Mapping
@@ -314,17 +314,43 @@ def overall(part: pd.DataFrame, budget: str, stopped: int) -> str:
     told += [f"{left} still to run, and until then verdicts may change"] if left else []
     return f"{WAYS[budget].capitalize()}, {len(part)} {part['family'].iloc[0]}: {'; '.join(told)}."
 
+# %% ../nbs/21_readout.ipynb #6b8331dd
+def alike(r, why: str) -> str | None:
+    """What an arm without a statement shares with others, in words; None if it has a sentence of its own."""
+    if r.broken or r.seeds > 1:
+        return None
+    if r.seeds:
+        return "One seed each, no statement" + (f"; {why}" if why else "")
+    return why.capitalize() if why else "Not run yet"
+
+
+def together(lead: str, names: list[str], rows: dict) -> str:
+    """The sentence of arms that are alike."""
+    if not rows[names[0]].seeds:
+        return f"{lead}: {'; '.join(map(called, names))}."
+    each = "; ".join(f"{called(arm)}: {points(rows[arm].centre)}" for arm in names)
+    return f"{lead}. Points against {called(rows[names[0]].against)}: {each}."
+
+
+def unstated(rows: dict, why: dict) -> list[str]:
+    """The sentences on arms without a statement, those alike in one."""
+    groups: dict[str, list[str]] = {}
+    for arm, r in rows.items():
+        groups.setdefault(alike(r, why[arm]) or arm, []).append(arm)
+    return [
+        together(lead, names, rows) if len(names) > 1 else unjudged(names[0], rows[names[0]], why[names[0]])
+        for lead, names in groups.items()
+    ]
+
 # %% ../nbs/21_readout.ipynb #b8f1c256
 def page(part: pd.DataFrame, records: dict, budget: str) -> list[str]:
-    """The sentences on a family: the one on all, then one for each arm."""
+    """The sentences on a family: the one on all, then one for each arm that is judged, then the others."""
     why = {arm: reason(arm, records, budget) for arm in part.index}
     rows = dict(zip(part.index, part.itertuples()))
-    over = [bool(why[arm]) and r.outcome == "no statement" for arm, r in rows.items()]
-    told = [
-        unjudged(arm, r, why[arm]) if r.outcome == "no statement" else judged(arm, r)
-        for arm, r in rows.items()
-    ]
-    return [overall(part, budget, sum(over)), *told]
+    open_ = {arm: r for arm, r in rows.items() if r.outcome == "no statement"}
+    stopped = sum(bool(why[arm]) for arm in open_)
+    told = [judged(arm, r) for arm, r in rows.items() if arm not in open_]
+    return [overall(part, budget, stopped), *told, *unstated(open_, why)]
 
 # %% ../nbs/21_readout.ipynb #24a940cf
 def conclusions(records: dict, budget: str = "flops", label: str = "embedded") -> list[str]:
