@@ -11,8 +11,8 @@ __all__ = ['SEEDS', 'TUNING_SEED', 'FACTORS', 'BUDGETS', 'LEVEL', 'MONITOR_EPOCH
            'best_idea', 'confirmation', 'counts', 'program', 'ready', 'commit', 'peak_memory', 'Clock', 'told',
            'workplace', 'settings', 'trained', 'scores', 'once', 'place', 'records_of', 'asking', 'command_of',
            'circumstances', 'perform', 'lock_of', 'differences', 'keep', 'run_one', 'baselines_of', 'run_baselines',
-           'usual', 'stretch', 'expected', 'missing', 'hours', 'number', 'cost', 'to_do', 'listing', 'said', 'launch',
-           'held', 'next_job', 'carried_out', 'run_missing', 'progress']
+           'usual', 'stretch', 'expected', 'missing', 'sequel', 'to_come', 'hours', 'number', 'cost', 'to_do',
+           'listing', 'said', 'launch', 'held', 'next_job', 'carried_out', 'run_missing', 'progress']
 
 # %% ../nbs/20_bakeoff.ipynb #5d6406c6
 import resource
@@ -32,7 +32,7 @@ from scipy import stats
 
 from .config import Config, UserError, unknown
 from .doctor import incidents
-from .evaluate import evaluate_features, features
+from .evaluate import evaluate_features, features, skip_reason
 from .figures import health_summary
 from .files import Lock, home, plain, read_json, sha256, write_json
 from .machine import machine, versions
@@ -444,8 +444,14 @@ def command_of(job: Job, label: str, params: str, prepared: str) -> str:
 
 # %% ../nbs/20_bakeoff.ipynb #55704f85
 def circumstances(sections: dict, label: str, root: Path, params: str, prepared: str) -> dict:
-    """What every record tells of images, settings, code and packages. UserError without fitting images."""
-    open_stores(root / prepared, sections["data"], "test")
+    """What every record tells of images, settings, code and packages.
+
+    UserError without prepared images of the right size, or if they can't be compared for want of labels.
+    """
+    stores = open_stores(root / prepared, sections["data"], "train", "val", "test")
+    for store in stores[1:]:
+        if why := skip_reason(stores[0].labels, store.labels):
+            raise UserError(f"{prepared}: {why}; the bake-off compares accuracies, so it needs labels")
     return {
         "set": label, "images_sha256": sha256(root / prepared / "manifest.json"),
         "settings": {name: section.model_dump(mode="json") for name, section in sections.items()},
@@ -470,6 +476,8 @@ def perform(job: Job, config: Config, label: str, root: Path, params: str, prepa
         "command": command_of(job, label, params, prepared),
     }  # fmt: skip
     found = once(folder / "trained.json", lambda: trained(job, block, sections, folder))
+    if found["failed"]:
+        (folder / "trained.json").unlink()  # asked for again, it has to fail again
     looked = job.factor is None and not found["failed"]
     facts["machine"] = machine(make_fabric(config.train.device).device.type)  # now that its threads are set
     return facts | found | {"metrics": scores(job, sections, folder) if looked else None}
@@ -578,6 +586,19 @@ def missing(records: dict, label: str = "embedded", hopeful: bool = False) -> li
     """The jobs of a set's program that have no record."""
     return [job for job in program(records, label, hopeful) if job.name not in records]
 
+# %% ../nbs/20_bakeoff.ipynb #0e00e5c3
+def sequel(records: dict) -> list[Job]:
+    """The jobs of the ideas; while rate or best are unknown, at the usual rate and for the block itself."""
+    tries = [Job("flops", arm, seed, 1.0) for seed in TRYING for arm in ("cl_mae", *ideas)]
+    last = [job for seed in CONFIRMING for arm in ("mae", "cl_mae") for job in counted(arm, [seed])]
+    return (attempts(records) or tries) + (confirmation(records) or last)
+
+
+def to_come(records: dict, label: str = "embedded", hopeful: bool = False) -> list[Job]:
+    """What is missing, together with what is sure to come of the ideas."""
+    left, more = missing(records, label, hopeful), sequel(records) if label == IMPROVED_ON else []
+    return left + [job for job in more if job.name not in records and job not in left]
+
 # %% ../nbs/20_bakeoff.ipynb #55309537
 def hours(seconds: float) -> str:
     """Seconds as `45 min` or `3.2 h`."""
@@ -596,7 +617,7 @@ def cost(jobs: list, records: dict) -> str:
 
 def to_do(records: dict, label: str = "embedded") -> str:
     """How many runs are missing, with their processor time; and how many, if every open arm goes on."""
-    least, most = missing(records, label), missing(records, label, hopeful=True)
+    least, most = to_come(records, label), to_come(records, label, hopeful=True)
     if len(least) == len(most):
         return f"{number(len(least))}, about {cost(least, records)} of one core"
     ends = (f"{len(jobs)} ({cost(jobs, records)})" for jobs in (least, most))
@@ -605,12 +626,12 @@ def to_do(records: dict, label: str = "embedded") -> str:
 # %% ../nbs/20_bakeoff.ipynb #d036c6d9
 def listing(records: dict, label: str = "embedded") -> Iterator[str]:
     """A line for each job: done, with its accuracy, or missing, with its expected time; then the sums."""
-    jobs = program(records, label)
-    for job in jobs:
-        done, needs = job.name in records, hours(expected(job, records))
-        yield f"{job.name:36} {said(records[job.name]) if done else f'missing, about {needs}'}"
-    done = sum(job.name in records for job in jobs)
-    yield f"{done} of {len(jobs)} runs done; missing: {to_do(records, label)}"
+    done = [job for job in program(records, label) if job.name in records]
+    left = to_come(records, label)
+    for job in program(records, label):
+        needs = hours(expected(job, records))
+        yield f"{job.name:36} {said(records[job.name]) if job in done else f'missing, about {needs}'}"
+    yield f"{len(done)} of {len(done) + len(left)} runs done; missing: {to_do(records, label)}"
 
 # %% ../nbs/20_bakeoff.ipynb #579f9464
 def said(record: dict) -> str:
@@ -688,6 +709,6 @@ def run_missing(
 # %% ../nbs/20_bakeoff.ipynb #aef25017
 def progress(job: Job, records: dict, label: str = "embedded") -> str:
     """The line of a finished job, with what is left."""
-    jobs, left = program(records, label), missing(records, label)
-    done, hours_left = len(jobs) - len(left), cost(left, records)
-    return f"{done}/{len(jobs)} {job.name}: {said(records[job.name])}; at least {hours_left} left"
+    done, left = sum(one.name in records for one in program(records, label)), to_come(records, label)
+    outcome, hours_left = said(records[job.name]), cost(left, records)
+    return f"{done}/{done + len(left)} {job.name}: {outcome}; at least {hours_left} left"

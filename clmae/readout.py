@@ -10,7 +10,7 @@ __all__ = ['PROBES', 'COSTS', 'EMPTY', 'CALLED', 'WAYS', 'NOTHING', 'TONES', 'NA
            'draw_pair', 'draw_outside', 'reach_of', 'draw_column', 'forest_key', 'draw_forest', 'curves_of', 'ends_of',
            'draw_ends', 'draw_operations', 'draw_gaps', 'health_table', 'milestones', 'arrival', 'mean_sd',
            'median_or_dash', 'table_row', 'floor_rows', 'results_table', 'ideas_table', 'confirmed', 'verdict',
-           'improved', 'still', 'as_plain', 'summary', 'pictures', 'read_out']
+           'improved', 'heading', 'still', 'as_plain', 'summary', 'pictures', 'read_out']
 
 # %% ../nbs/21_readout.ipynb #5d6406c6
 from collections.abc import Iterator, Mapping
@@ -33,21 +33,23 @@ from clmae.bakeoff import (
     METHODS,
     SEEDS,
     TRYING,
+    Job,
     arms,
     arms_of,
     attempts,
     baselines_of,
     best_idea,
     chosen_factor,
+    confirmation,
     cost,
     counted,
     detectable,
     given_up,
     hopeless,
-    missing,
     number,
     place,
     records_of,
+    to_come,
     to_do,
 )
 from clmae.figures import (
@@ -56,6 +58,7 @@ from clmae.figures import (
     KEPT,
     NAMES,
     UNITS,
+    beaten,
     colours,
     draw_lines,
     encode,
@@ -246,8 +249,10 @@ def reason(arm: str, records: dict, budget: str = "flops") -> str:
     """Why the protocol gives an arm no more runs, in words; nothing if it may get some."""
     if hopeless(arm, records):
         return "broke down at every rate that was tried"
-    first = counted(arm, SEEDS[:1], budget)[0].name
-    if first not in records or not given_up(arm, records):
+    own = counted(arm, budget=budget)
+    if all(job.name in records for job in [*own, *counted(arms[arm].against)]):
+        return "no more runs to come"  # of those that there are, some broke down
+    if own[0].name not in records or not given_up(arm, records):
         return ""
     if budget == "images":
         return "no more than this, since it was given up at equal operations"
@@ -278,8 +283,8 @@ def paired(table: pd.DataFrame) -> str:
         return ""
     sd, r = (both["cl_mae"] - both["mae"]).std(ddof=1), both.corr().iloc[0, 1]
     return (
-        f"Paired with CL-MAE seed by seed (correlation {points(r, False)}), "
-        f"{detectable(sd):.1f} ({strictly(sd):.1f}). "
+        f"Paired with CL-MAE seed by seed it would be {detectable(sd):.1f} points ({strictly(sd):.1f}), "
+        f"as far as {len(both)} pairs tell (correlation {points(r, False)}). "
     )
 
 # %% ../nbs/21_readout.ipynb #8d73641e
@@ -303,15 +308,24 @@ def listed(names: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def overall(part: pd.DataFrame, budget: str, stopped: int) -> str:
-    """One sentence on a family's rows of `compare`, of which `stopped` get no more runs without a verdict."""
+def overall(part: pd.DataFrame, budget: str, stopped: list[str]) -> str:
+    """One sentence on a family's rows of `compare`; those `stopped` get no more runs, without a verdict."""
     rival, done = called(part["against"].iloc[0]), int((part["outcome"] != "no statement").sum())
     winners = [called(arm) for arm in part.index[part["outcome"] == "wins"]]
-    beaten = f"{listed(winners)} {'beats' if len(winners) == 1 else 'beat'}" if winners else "none beats"
-    left = len(part) - done - stopped
-    told = [f"{done} judged, {beaten} {rival} beyond noise"] if done else ["none judged yet"]
-    told += [f"{stopped} stopped early, without a statement"] if stopped else []
-    told += [f"{left} still to run, and until then verdicts may change"] if left else []
+    who = f"{listed(winners)} {'beats' if len(winners) == 1 else 'beat'}" if winners else "none beats"
+    open_ = part[(part["outcome"] == "no statement") & ~part.index.isin(stopped)]
+    short = int((open_["seeds"] + open_["broken"] > 0).sum())
+    left = {
+        f"{short} still short of {len(SEEDS)} seeds": short,
+        f"{len(open_) - short} still to run": len(open_) - short,
+    }
+    told = [f"{done} judged, {who} {rival} beyond noise"] if done else ["none judged yet"]
+    told += [f"{len(stopped)} stopped early, without a statement"] if stopped else []
+    told += (
+        [f"{listed([words for words, n in left.items() if n])}, and until then verdicts may change"]
+        if len(open_)
+        else []
+    )
     return f"{WAYS[budget].capitalize()}, {len(part)} {part['family'].iloc[0]}: {'; '.join(told)}."
 
 # %% ../nbs/21_readout.ipynb #6b8331dd
@@ -348,7 +362,7 @@ def page(part: pd.DataFrame, records: dict, budget: str) -> list[str]:
     why = {arm: reason(arm, records, budget) for arm in part.index}
     rows = dict(zip(part.index, part.itertuples()))
     open_ = {arm: r for arm, r in rows.items() if r.outcome == "no statement"}
-    stopped = sum(bool(why[arm]) for arm in open_)
+    stopped = [arm for arm in open_ if why[arm]]
     told = [judged(arm, r) for arm, r in rows.items() if arm not in open_]
     return [overall(part, budget, stopped), *told, *unstated(open_, why)]
 
@@ -409,19 +423,22 @@ def floors(baselines: Mapping, probe: str = "knn") -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=["accuracy", "low", "high"])
 
 # %% ../nbs/21_readout.ipynb #eb52c1cd
-def grounded(table: pd.DataFrame, baselines: Mapping) -> list[str]:
+def grounded(records: dict, baselines: Mapping) -> list[str]:
     """The sentence on who is above what needs no training; none where nothing is known of that."""
-    found, runs = floors(baselines), table[table["budget"] == "flops"].dropna(subset="knn")
+    found = floors(baselines)
     if not len(found):
         return []
-    means = runs.astype({"knn": float}).groupby("arm")["knn"].mean()
-    best = found.loc[found["accuracy"].idxmax()]
-    below = [called(name) for name in arms if name in means.index and means[name] <= best["high"]]
     each = listed([f"{name} {r.accuracy:.1f} %" for name, r in zip(found.index, found.itertuples())])
+    runs = {arm: [records[job.name] for job in counted(arm) if job.name in records] for arm in arms}
+    scores = {arm: [run["metrics"] for run in ran if run["metrics"]] for arm, ran in runs.items()}
+    scores = {arm: seeds for arm, seeds in scores.items() if seeds}
+    below = [
+        called(arm) for arm, seeds in scores.items() if len(beaten(seeds, baselines, "knn")) < len(found)
+    ]
     who = "every arm that has run" + (f" but {listed(below)}" if below else "")
-    who = "no arm that has run" if len(below) == len(means) else who
-    told = f" Above the best of these, beyond its interval over images ({best['high']:.1f} %), is {who}."
-    return [f"What needs no training reaches, by 20-NN: {each}.{told if len(means) else ''}"]
+    who = "no arm that has run" if len(below) == len(scores) else who
+    told = f" Above all of these with every seed, outside the intervals over images, is {who}."
+    return [f"What needs no training reaches, by 20-NN: {each}.{told if scores else ''}"]
 
 # %% ../nbs/21_readout.ipynb #531be560
 TONES = {"wins": KEPT, "loses": HIDDEN, "within noise": "#000000", "no statement": BASELINE}
@@ -661,10 +678,9 @@ def results_table(records: dict, budget: str = "flops", baselines: Mapping = NOT
     base = pd.to_numeric(table.loc[table["arm"] == "mae", "cpu"]).median()
     grouped = {name: table[table["arm"] == name] for name in arms}
     rows = [table_row(name, runs, base, records, budget) for name, runs in grouped.items() if len(runs)]
-    if not rows:
-        return pd.DataFrame()
-    blank = dict.fromkeys(rows[0], "")
-    return pd.DataFrame([*(blank | row for row in floor_rows(baselines)), *rows]).set_index("arm")
+    blank = dict.fromkeys(rows[0], "") if rows else {}
+    rows = [*(blank | row for row in floor_rows(baselines)), *rows]
+    return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()
 
 # %% ../nbs/21_readout.ipynb #7e0f7dd6
 def ideas_table(records: dict) -> pd.DataFrame:
@@ -688,11 +704,13 @@ def confirmed(records: dict) -> Interval:
     return interval(differences(table, best, "mae") if best else [])
 
 # %% ../nbs/21_readout.ipynb #f1d3bc26
-def verdict(best: str, r: Interval) -> str:
-    """The sentence on the best idea's one test."""
+def verdict(best: str, r: Interval, left: int = 0) -> str:
+    """The sentence on the best idea's one test, of whose runs `left` are missing."""
     name, size = called(best), f"{points(r.centre)} ± {points(r.half, False)} points"
+    if left:
+        return f"{name} is to be confirmed with fresh seeds; {number(left)} of {2 * len(CONFIRMING)} to come."
     if r.seeds < len(CONFIRMING):
-        return f"{name} is to be confirmed with fresh seeds; {r.seeds} of {len(CONFIRMING)} have run."
+        return f"{name} has no confirmation: {r.seeds} of {len(CONFIRMING)} pairs of runs came to their end."
     p = f"({r.seeds} fresh seeds, {'p < 0.001' if r.p < 0.001 else f'p = {r.p:.3f}'}, one test)"
     if r.p >= LEVEL:
         return f"Confirmed once on test images, {name} is within noise of MAE: {size} {p}."
@@ -708,21 +726,27 @@ def improved(records: dict) -> list[str]:
     each = ", ".join(f"{name} {r.mean:.1f} %" for name, r in zip(table.index, table.itertuples(index=False)))
     far = "" if best else " so far"
     tale = f"Ideas for CL-MAE, mean validation accuracy{far} with {len(TRYING)} other seeds: {each}."
-    return [tale, verdict(best, confirmed(records))] if best else [tale]
+    left = sum(job.name not in records for job in confirmation(records))
+    return [tale, verdict(best, confirmed(records), left)] if best else [tale]
 
-# %% ../nbs/21_readout.ipynb #d14a9827
+# %% ../nbs/21_readout.ipynb #52e86ebb
+def heading(job: Job) -> str:
+    """What a missing job is for, in words."""
+    if job.seed in CONFIRMING:
+        return "MAE and the best idea, confirmed with fresh seeds"
+    if job.seed in TRYING:
+        return "CL-MAE and the ideas, on the validation split"
+    return f"{called(job.arm)}, {WAYS[job.budget]}"
+
+
 def still(records: dict, label: str = "embedded") -> list[str]:
-    """A line for each budget and arm with missing runs, with their expected processor time; then the sum."""
-    left = missing(records, label)
-    groups: dict[tuple, list] = {}
+    """A line for each kind of missing runs, with their expected processor time; then the sum."""
+    left, groups = to_come(records, label), {}
     for job in left:
-        groups.setdefault((job.budget, job.arm), []).append(job)
-    lines = [
-        f"{called(arm)}, {WAYS[budget]}: {number(len(jobs))}, about {cost(jobs, records)}"
-        for (budget, arm), jobs in groups.items()
-    ]
+        groups.setdefault(heading(job), []).append(job)
     if not left:
         return ["Nothing is missing."]
+    lines = [f"{words}: {number(len(jobs))}, about {cost(jobs, records)}" for words, jobs in groups.items()]
     return [*lines, f"In all: {to_do(records, label)}."]
 
 # %% ../nbs/21_readout.ipynb #95bce8ed
@@ -745,7 +769,7 @@ def summary(records: dict, label: str = "embedded", baselines: Mapping = NOTHING
         "health": as_plain(health_table(table)),
         "sentences": {
             "noise": pilot(table),
-            "baselines": grounded(table, baselines),
+            "baselines": grounded(records, baselines),
             **{budget: conclusions(records, budget, label) for budget in BUDGETS},
             "contrasts": contrasts(records),
             "rates": at_the_edge(records, label),

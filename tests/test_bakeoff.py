@@ -10,6 +10,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -353,7 +354,9 @@ def test_the_list_says_what_is_done_and_what_the_rest_costs():
     records = {job.name: outcome(job) for job in trials("mae")}
     lines = list(bakeoff.listing(records))
     assert lines[0].startswith("tune/mae-100-x0.5") and "validation kNN 30.0 %" in lines[0]
-    assert "missing, about 0 min" in lines[3] and lines[-1].startswith(f"3 of {len(program({}))} runs done")
+    assert "missing, about 0 min" in lines[3] and lines[-1].startswith(
+        f"3 of {len(bakeoff.to_come({}))} runs done"
+    )
 
 
 # ---- one run for real
@@ -487,12 +490,39 @@ def test_scoring_that_was_interrupted_does_not_train_again(here, monkeypatch):
     assert record["metrics"]["knn"]["accuracy"] >= 0 and record["seconds"] > 0
 
 
-def test_a_loss_that_is_no_number_is_a_result(here):
+def test_a_loss_that_is_no_number_is_a_result(here, monkeypatch):
     write_params(here, config(base_lr=1e30, warmup=0.0))
     how = {"label": "embedded", "params": "params.yaml", "prepared": "build/prepared", "folder": here}
     record, _ = bakeoff.run_one(trials("mae")[2], **how)
     assert "not finite" in record["failed"] and record["metrics"] is None and record["validation_knn"] is None
     assert bakeoff.records_of(here, "embedded")["tune/mae-100-x2"]["failed"] == record["failed"]
+    real, times = bakeoff.trained, []
+    monkeypatch.setattr(bakeoff, "trained", lambda *given: times.append(given) or real(*given))
+    assert bakeoff.run_one(trials("mae")[2], **how)[1] == [] and len(times) == 1  # it had to fail again
+
+
+def test_what_is_sure_to_come_is_on_the_bill():
+    """The sequel's jobs count before anyone knows their rate, and the confirmation before the best is known."""
+    assert len(bakeoff.to_come({})) == len(program({})) + 12 + 10
+    rated = {job.name: outcome(job) for job in trials("cl_mae")}
+    assert len(bakeoff.to_come(rated)) == len(program(rated)) - 3 + 10
+    rated |= {job.name: outcome(job) for job in bakeoff.attempts(rated)}
+    assert bakeoff.to_come(rated) == bakeoff.missing(rated) and len(bakeoff.confirmation(rated)) == 10
+    assert bakeoff.to_come({}, "cifar10") == program({}, "cifar10")
+
+
+def test_images_without_labels_are_refused_before_anything_is_trained(here, capsys):
+    for split in ("val", "test"):
+        path = here / f"build/prepared/{split}_labels.npy"
+        labels = np.load(path)
+        np.save(path, np.full_like(labels, -1))
+        for own in (["--baselines"], ["--arm", "mae", "--seed", "100", "--factor", "1"]):
+            assert main(["bakeoff", *own]) == 2
+            assert (
+                "no labels; the bake-off compares accuracies, so it needs labels" in capsys.readouterr().err
+            )
+        np.save(path, labels)
+    assert bakeoff.records_of(here, "embedded") == {}
 
 
 # ---- what is committed
