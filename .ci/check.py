@@ -24,7 +24,8 @@ def run(*command, cwd=None) -> list[str]:
 
 def sources() -> list[Path]:
     """Files git tracks or would track, relative to the top."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    trust = f"safe.directory={ROOT}"  # another user's clone, as in a container
+    command = ["git", "-c", trust, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [Path(name) for name in out.split("\0") if name and (ROOT / name).is_file()]
 

@@ -38,7 +38,8 @@ TINY = {
 def copy_sources(top: Path):
     """A fresh folder with what git tracks or would track of the code."""
     shutil.rmtree(top, ignore_errors=True)
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    trust = f"safe.directory={ROOT}"  # another user's clone, as in a container
+    command = ["git", "-c", trust, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for path in (Path(name) for name in names if name):
         if path.parts[0] in TOP and (ROOT / path).is_file():

@@ -6,15 +6,15 @@
 __all__ = ['NUMBERS', 'THREADS', 'INJECTED', 'MADE', 'MISSING', 'arguments', 'kind_of', 'fits', 'check_keys', 'check_nested',
            'check_block', 'sizes', 'patches', 'ratio_problem', 'heads_problem', 'leaves', 'check_numbers',
            'check_model', 'check_device', 'check_build', 'validate', 'read_valid', 'fingerprint', 'read_valid_once',
-           'stage_notebook', 'parameter_names', 'chosen', 'refuse_unknown', 'surroundings', 'environment', 'Follower',
-           'followed', 'tidy_text', 'tidy_outputs', 'tidy', 'StageError', 'needs', 'failure', 'execute', 'Caught',
-           'Relay', 'starters', 'attended', 'children', 'execute_or_explain', 'as_bytes', 'run_stage', 'from_the_top',
-           'fix_links', 'output_markdown', 'cell_markdown', 'readme', 'write_readme', 'Difference', 'close', 'number',
-           'contents', 'compare_files', 'compare', 'report', 'rebuild', 'verify']
+           'stage_notebook', 'parameter_names', 'chosen', 'refuse_unknown', 'plain_style', 'surroundings',
+           'environment', 'Follower', 'followed', 'tidy_text', 'tidy_outputs', 'tidy', 'StageError', 'needs', 'failure',
+           'execute', 'Caught', 'Relay', 'starters', 'attended', 'children', 'execute_or_explain', 'as_bytes',
+           'run_stage', 'from_the_top', 'fix_links', 'output_markdown', 'cell_markdown', 'readme', 'write_readme',
+           'Difference', 'close', 'number', 'contents', 'compare_files', 'compare', 'report', 'rebuild', 'verify']
 
 # %% ../nbs/14_pipeline.ipynb #5d6406c6
 import ast
-import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -310,6 +310,12 @@ def refuse_unknown(parameters, notebook, name):
                 f"allowed: {', '.join(sorted(names))}{nearest(parameter, names)}"
             )
 
+# %% ../nbs/14_pipeline.ipynb #7f6333a8
+def plain_style() -> str:
+    """matplotlib's own settings, so that a user's don't change committed figures."""
+    [folder] = importlib.util.find_spec("matplotlib").submodule_search_locations
+    return f"{folder}/mpl-data/matplotlibrc"
+
 # %% ../nbs/14_pipeline.ipynb #ecded135
 THREADS = ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"]
 
@@ -320,6 +326,7 @@ def surroundings(root, threads, progress) -> dict:
         "PYTHONHASHSEED": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "MATPLOTLIBRC": plain_style(),
         "IPYTHONDIR": str(Path(root) / "build/ipython"),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "CLMAE_PROGRESS": str(progress),
@@ -469,7 +476,8 @@ def execute(source, partial, parameters, root):
     """
     papermill, traitlets, _ = needs("papermill", "traitlets.config", "ipykernel")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="clmae-") as sockets:
+    short = "/tmp" if len(tempfile.gettempdir()) > 70 else None  # a socket's path has some 100 characters
+    with tempfile.TemporaryDirectory(prefix="clmae-", dir=short) as sockets:
         kernel = {"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}
         return papermill.execute_notebook(
             str(source),

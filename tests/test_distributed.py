@@ -25,11 +25,21 @@ CUT = {"cl_mae@3", "policy@2", "excess, different@2", "hard@2"}  # in micro-batc
 EVERYTHING = sorted(set(many.RECIPES) - {name.partition("@")[0] for name in CUT}) + sorted(CUT)
 
 
+def torchrun(count: int) -> list[str]:
+    """Python's arguments for so many processes here, whatever this machine's name leads to."""
+    here = ["--standalone", "--local-addr", "127.0.0.1"]
+    return ["-m", "torch.distributed.run", "--nproc-per-node", str(count), *here]
+
+
+def loopback() -> dict[str, str]:
+    """The environment, with gloo on the loopback device."""
+    return os.environ | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
+
+
 def launch(folder: Path, count: int, *recipes: str) -> subprocess.CompletedProcess:
     """`recipes` in `count` processes."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
-    command = [*run, str(ROOT / "tests/many.py"), str(folder), *recipes]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *torchrun(count), str(ROOT / "tests/many.py"), str(folder), *recipes]
+    return subprocess.run(command, cwd=ROOT, env=loopback(), capture_output=True, text=True, timeout=900)
 
 
 def alone(folder: Path, *recipes: str) -> None:
@@ -147,6 +157,8 @@ def test_a_single_device_is_no_place_for_many(monkeypatch):
     ],
 )
 def test_launchers_are_understood(said, found, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(name)
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     assert trainer.launched() == found
@@ -190,12 +202,12 @@ def write_shards(folder: Path) -> dict:
 
 def pretrain(folder: Path, *launcher: str) -> subprocess.CompletedProcess:
     """`clmae pretrain` in a repository, by this Python or a launcher; its progress goes to a file there."""
-    environ = os.environ | {"PYTHONPATH": str(ROOT), "CLMAE_PROGRESS": str(folder / "progress")}
+    environ = loopback() | {"PYTHONPATH": str(ROOT), "CLMAE_PROGRESS": str(folder / "progress")}
     command = [sys.executable, *launcher, "-m", *["--"][: len(launcher)], "clmae", "pretrain"]
-    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=900)
 
 
-TWO = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+TWO = torchrun(2)
 
 
 @pytest.fixture(scope="module", params=["prepared", "shards"])

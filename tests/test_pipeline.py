@@ -445,7 +445,7 @@ def test_second_repro_at_the_same_time_is_refused_by_dvc(tmp_path):
         "[core]\n no_scm = true\n analytics = false\n check_update = false\n"
     )
     (tmp_path / "out").write_text("earlier")
-    cmd = "touch started && until test -e go; do sleep 0.1; done && echo done > out"
+    cmd = "echo yes > started && until test -e go; do sleep 0.1; done && echo done > out"
     (tmp_path / "dvc.yaml").write_text(
         json.dumps({"stages": {"slow": {"cmd": cmd, "outs": [{"out": {"cache": False}}]}}})
     )
@@ -453,10 +453,7 @@ def test_second_repro_at_the_same_time_is_refused_by_dvc(tmp_path):
         [*dvc, "repro"], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
-        for _ in range(300):
-            if (tmp_path / "started").exists():
-                break
-            time.sleep(0.1)
+        wait_for(tmp_path / "started")
         second = run("repro")
     finally:
         (tmp_path / "go").touch()

@@ -1,6 +1,7 @@
 """Shards: what is written, in which order it is read, what happens when some of it is missing."""
 
 import io
+import shutil
 import sys
 import tarfile
 import threading
@@ -296,6 +297,8 @@ def test_reading_ends_with_its_reader(found):
 @pytest.fixture(scope="module")
 def server(made):
     """The folder of shards over http: some names are cut off, some fail once."""
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl, with which webdataset reads http")
     asked = []
 
     class Handler(SimpleHTTPRequestHandler):
@@ -320,7 +323,9 @@ def server(made):
     serving = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     serving.handle_error = lambda *_: None  # a reader that has enough hangs up
     threading.Thread(target=serving.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{serving.server_port}", asked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "127.0.0.1")
+        yield f"http://127.0.0.1:{serving.server_port}", asked
     serving.shutdown()
 
 
