@@ -8,7 +8,7 @@ __all__ = ['NUMBERS', 'THREADS', 'INJECTED', 'MADE', 'MISSING', 'arguments', 'ki
            'check_model', 'check_device', 'check_build', 'validate', 'read_valid', 'fingerprint', 'read_valid_once',
            'stage_notebook', 'parameter_names', 'chosen', 'refuse_unknown', 'plain_style', 'surroundings',
            'environment', 'Follower', 'followed', 'tidy_text', 'tidy_outputs', 'tidy', 'StageError', 'needs', 'failure',
-           'execute', 'Caught', 'Relay', 'starters', 'attended', 'children', 'execute_or_explain', 'as_bytes',
+           'execute', 'Caught', 'Relay', 'starters', 'attended', 'children', 'hush', 'execute_or_explain', 'as_bytes',
            'run_stage', 'from_the_top', 'fix_links', 'output_markdown', 'cell_markdown', 'readme', 'write_readme',
            'Difference', 'close', 'number', 'contents', 'compare_files', 'compare', 'report', 'rebuild', 'verify']
 
@@ -17,6 +17,7 @@ import ast
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -576,11 +577,18 @@ def children() -> list:
     (psutil,) = needs("psutil")
     return psutil.Process().children()
 
-# %% ../nbs/14_pipeline.ipynb #f03ef57a
+# %% ../nbs/14_pipeline.ipynb #4324e674
+def hush(*names):
+    """Let the loggers of these names tell only what is critical."""
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def execute_or_explain(source, partial, parameters, root, label):
     """`execute`, its failures turned into UserError or StageError."""
     pm, nb = needs("papermill.exceptions", "nbclient.exceptions")
     kept = partial.relative_to(root)
+    hush("papermill", "asyncio")
     try:
         return execute(source, partial, parameters, root)
     except pm.PapermillExecutionError as error:
