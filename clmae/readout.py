@@ -549,22 +549,22 @@ def draw_ends(ax, table: pd.DataFrame, unit: str, palette: dict, baselines: Mapp
     At equal operations all arms are at one place; they are drawn side by side around it. Dotted: what needs
     no training.
     """
-    for name, r in floors(baselines).iterrows():
+    for i, (name, r) in enumerate(floors(baselines).iterrows()):
         ax.axhline(r["accuracy"], color=BASELINE, lw=1, ls=":")
-        ax.annotate(
-            name, (0, r["accuracy"]), (3, 2), textcoords="offset points", color=BASELINE, size="small"
-        )
+        at = (3 + 90 * i, 2)  # side by side, where lines are close
+        ax.annotate(name, (0, r["accuracy"]), at, textcoords="offset points", color=BASELINE, size="small")
     ends = {arm: ends_of(table, arm) for arm in palette}
     ends = {arm: found for arm, found in ends.items() if len(found)}
-    step = 0.02 * max((found["flops"].max() for found in ends.values()), default=0) / UNITS[unit]
+    most = max((found["flops"].max() for found in ends.values()), default=UNITS[unit]) / UNITS[unit]
+    step = 0.02 * most
     for i, (arm, found) in enumerate(ends.items()):
         x = found["flops"] / UNITS[unit] + (i - (len(ends) - 1) / 2) * step
         ax.plot(x, found["mean"], color=palette[arm], lw=1, alpha=0.5)
         for at, (budget, end) in zip(x, found.iterrows()):
             how = {"color": palette[arm], "mfc": palette[arm] if budget == "flops" else "white"}
             ax.errorbar(at, end["mean"], yerr=np.nan_to_num(end["sd"]), fmt="o", ms=6, **how)
-    ax.margins(x=0.05)
-    ax.set(xlabel=f"operations ({unit}); open: equal images", ylabel="20-NN on test (%)", xlim=(0, None))
+    ax.set(xlabel=f"operations ({unit}); open: equal images", ylabel="20-NN on test (%)")
+    ax.set_xlim(0, 1.1 * most)
 
 # %% ../nbs/21_readout.ipynb #85f39d8e
 @styled
@@ -595,7 +595,7 @@ def draw_gaps(table: pd.DataFrame) -> Figure:
         ax.plot(own["first"], np.full(len(own), y), "o", ms=6, color=KEPT, mfc="white")
         ax.plot(own["last"], np.full(len(own), y), "o", ms=6, color=HIDDEN)
     ax.axvline(1, color=BASELINE, lw=1)
-    ax.set_xlabel("gap: loss under own masks ÷ under random masks; open: first quarter, filled: last")
+    ax.set_xlabel("gap: loss under own masks ÷ under random masks\nopen: first quarter, filled: last")
     if names:
         name_rows(ax, [called(name) for name in names])
     return figure
