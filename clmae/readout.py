@@ -556,9 +556,9 @@ def draw_ends(ax, table: pd.DataFrame, unit: str, palette: dict, baselines: Mapp
     ends = {arm: ends_of(table, arm) for arm in palette}
     ends = {arm: found for arm, found in ends.items() if len(found)}
     most = max((found["flops"].max() for found in ends.values()), default=UNITS[unit]) / UNITS[unit]
-    step = 0.02 * most
+    equal = min((found["flops"].min() for found in ends.values()), default=0) / UNITS[unit]
     for i, (arm, found) in enumerate(ends.items()):
-        x = found["flops"] / UNITS[unit] + (i - (len(ends) - 1) / 2) * step
+        x = found["flops"] / UNITS[unit] + (i - (len(ends) - 1) / 2) * 0.02 * equal
         ax.plot(x, found["mean"], color=palette[arm], lw=1, alpha=0.5)
         for at, (budget, end) in zip(x, found.iterrows()):
             how = {"color": palette[arm], "mfc": palette[arm] if budget == "flops" else "white"}
