@@ -435,7 +435,7 @@ def grounded(records: dict, baselines: Mapping) -> list[str]:
     below = [
         called(arm) for arm, seeds in scores.items() if len(beaten(seeds, baselines, "knn")) < len(found)
     ]
-    who = "every arm that has run" + (f" but {listed(below)}" if below else "")
+    who = "every arm that has run" + (f" but {'; '.join(below)}" if below else "")
     who = "no arm that has run" if len(below) == len(scores) else who
     told = f" Above all of these with every seed, outside the intervals over images, is {who}."
     return [f"What needs no training reaches, by 20-NN: {each}.{told if scores else ''}"]
