@@ -677,7 +677,7 @@ def next_job(root: Path, label: str) -> Job | None:
     free = (job for job in missing(records, label) if ready(job, records) and not held(root, label, job.name))
     return next(free, None)
 
-
+# %% ../nbs/20_bakeoff.ipynb #155f4500
 def carried_out(start, name: str, command: str, left: float, root: Path, label: str) -> bool | None:
     """Start a command; whether it came to its end, None if another process was quicker."""
     try:
@@ -687,7 +687,7 @@ def carried_out(start, name: str, command: str, left: float, root: Path, label: 
             raise
         return None
 
-
+# %% ../nbs/20_bakeoff.ipynb #92b62e66
 def run_missing(
     *, label: str, params: str, prepared: str, minutes: float, folder=None, report=print,
     start: Callable[[str, float, Path], bool] = launch,

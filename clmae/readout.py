@@ -337,7 +337,7 @@ def alike(r, why: str) -> str | None:
         return "One seed each, no statement" + (f"; {why}" if why else "")
     return why.capitalize() if why else "Not run yet"
 
-
+# %% ../nbs/21_readout.ipynb #05abb4de
 def together(lead: str, names: list[str], rows: dict) -> str:
     """The sentence of arms that are alike."""
     if not rows[names[0]].seeds:
@@ -345,7 +345,7 @@ def together(lead: str, names: list[str], rows: dict) -> str:
     each = "; ".join(f"{called(arm)}: {points(rows[arm].centre)}" for arm in names)
     return f"{lead}. Points against {called(rows[names[0]].against)}: {each}."
 
-
+# %% ../nbs/21_readout.ipynb #ec5959b5
 def unstated(rows: dict, why: dict) -> list[str]:
     """The sentences on arms without a statement, those alike in one."""
     groups: dict[str, list[str]] = {}
@@ -738,7 +738,7 @@ def heading(job: Job) -> str:
         return "CL-MAE and the ideas, on the validation split"
     return f"{called(job.arm)}, {WAYS[job.budget]}"
 
-
+# %% ../nbs/21_readout.ipynb #d14a9827
 def still(records: dict, label: str = "embedded") -> list[str]:
     """A line for each kind of missing runs, with their expected processor time; then the sum."""
     left, groups = to_come(records, label), {}
