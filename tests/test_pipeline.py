@@ -25,6 +25,7 @@ from clmae.pipeline import (
     needs,
     readme,
     run_stage,
+    surroundings,
     tidy,
     validate,
     verify,
@@ -461,6 +462,17 @@ def test_second_repro_at_the_same_time_is_refused_by_dvc(tmp_path):
     assert second.returncode != 0 and "Traceback" not in second.stderr
     assert "busy" in second.stderr or "lock" in second.stderr
     assert first.returncode == 0 and (tmp_path / "out").read_text() == "done\n"
+
+
+def test_a_stage_draws_with_matplotlibs_own_settings(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("savefig.dpi: 300")
+    users = {k: v for k, v in os.environ.items() if k != "MATPLOTLIBRC"} | {"MPLCONFIGDIR": str(tmp_path)}
+    ask = [sys.executable, "-c", "import matplotlib; print(matplotlib.rcParams['savefig.dpi'])"]
+    found = [
+        subprocess.check_output(ask, env=users | more, text=True).strip()
+        for more in ({}, {"MATPLOTLIBRC": surroundings(tmp_path, 1, "progress")["MATPLOTLIBRC"]})
+    ]
+    assert found == ["300.0", "figure"]
 
 
 # ---- tidying
