@@ -10,7 +10,7 @@ __all__ = ['PROBES', 'COSTS', 'EMPTY', 'CALLED', 'WAYS', 'NOTHING', 'TONES', 'NA
            'draw_pair', 'draw_outside', 'reach_of', 'draw_column', 'forest_key', 'draw_forest', 'curves_of', 'ends_of',
            'draw_ends', 'draw_operations', 'draw_gaps', 'health_table', 'milestones', 'arrival', 'mean_sd',
            'median_or_dash', 'table_row', 'floor_rows', 'results_table', 'ideas_table', 'confirmed', 'verdict',
-           'improved', 'heading', 'still', 'as_plain', 'summary', 'pictures', 'read_out']
+           'improved', 'draw_tried', 'draw_ideas', 'heading', 'still', 'as_plain', 'summary', 'pictures', 'read_out']
 
 # %% ../nbs/21_readout.ipynb #5d6406c6
 from collections.abc import Iterator, Mapping
@@ -51,6 +51,7 @@ from clmae.bakeoff import (
     records_of,
     to_come,
     to_do,
+    tried,
 )
 from clmae.figures import (
     BASELINE,
@@ -729,6 +730,39 @@ def improved(records: dict) -> list[str]:
     left = sum(job.name not in records for job in confirmation(records))
     return [tale, verdict(best, confirmed(records), left)] if best else [tale]
 
+# %% ../nbs/21_readout.ipynb #6ad8118e
+def draw_tried(ax, records: dict) -> None:
+    """Validation accuracies of CL-MAE and the ideas: seeds as small dots, their mean as a large one."""
+    ended = {arm: [value for value in values if value >= 0] for arm, values in tried(records).items()}
+    found = {arm: values for arm, values in ended.items() if values}
+    for y, values in enumerate(found.values()):
+        percent = 100 * np.asarray(values)
+        ax.plot(percent, np.full(len(percent), y + 0.22), "o", ms=3, color=BASELINE)
+        ax.plot(percent.mean(), y, "o", ms=7, color=KEPT)
+    if found:
+        name_rows(ax, [called(arm) for arm in found])
+    ax.set(xlabel="20-NN on validation (%)", title="Ideas, on the validation split")
+
+# %% ../nbs/21_readout.ipynb #445f9469
+@styled
+def draw_ideas(records: dict) -> Figure:
+    """What the ideas reached, and the best one's differences to MAE with fresh seeds, as far as there are any."""
+    best, r = best_idea(records), confirmed(records)
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_tried(left, records)
+    right.set(xlabel="difference on test (points)", title="The best, confirmed once")
+    right.axvline(0, color=BASELINE, lw=1)
+    if r.seeds:
+        d = differences(table_of(records, CONFIRMING), best, "mae")
+        name_rows(right, [f"{called(best)} − MAE"])
+        draw_pair(right, 0, d, pd.Series(r._asdict() | {"outcome": outcome(r.seeds, r.centre, r.p)}))
+        reach = 1.2 * max(d.abs().max(), abs(r.centre) + np.nan_to_num(r.half))
+        right.set_xlim(-reach, reach)
+    else:
+        right.set_yticks([])
+    return figure
+
 # %% ../nbs/21_readout.ipynb #52e86ebb
 def heading(job: Job) -> str:
     """What a missing job is for, in words."""
@@ -760,7 +794,7 @@ def as_plain(frame: pd.DataFrame) -> dict:
 # %% ../nbs/21_readout.ipynb #ec1fff58
 def summary(records: dict, label: str = "embedded", baselines: Mapping = NOTHING) -> dict:
     """Everything that the records say, as numbers and as sentences."""
-    table = table_of(records)
+    table, best = table_of(records), best_idea(records)
     return {
         "noise": noise(table),
         "comparisons": {b: {p: as_plain(compare(table, b, p)) for p in PROBES} for b in BUDGETS},
@@ -776,6 +810,7 @@ def summary(records: dict, label: str = "embedded", baselines: Mapping = NOTHING
             "ideas": improved(records),
         },
         "ideas": as_plain(ideas_table(records)),
+        "confirmed": as_plain(pd.DataFrame([confirmed(records)], index=[best])) if best else {},
         "missing": still(records, label),
     }
 
@@ -789,6 +824,8 @@ def pictures(records: dict, baselines: Mapping = NOTHING) -> Iterator[tuple[str,
     if len(table):
         yield "operations.png", draw_operations(records, table, baselines)
         yield "gaps.png", draw_gaps(table)
+    if len(ideas_table(records)):
+        yield "ideas.png", draw_ideas(records)
 
 # %% ../nbs/21_readout.ipynb #f84481da
 def read_out(label: str = "embedded", folder=None) -> list[str]:
