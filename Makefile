@@ -25,7 +25,7 @@ ENV := $(if $(filter build/venv,$(VENV)),$(VENV)/.ready-$(KEY),given)
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-repro: $(ENV) data ## rebuild every number and figure: images, pretraining, evaluation, figures
+repro: $(ENV) data ## rebuild all of results/: images, pretraining, evaluation, figures
 	@$(RUN) .ci/mend.py
 	@$(RUN) -m dvc repro
 

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['SEEDS', 'TUNING_SEED', 'FACTORS', 'BUDGETS', 'LEVEL', 'MONITOR_EPOCHS', 'METHODS', 'CONTROLS', 'MASKS', 'ALONE',
            'CURRICULA', 'SOFT', 'ESTIMATORS', 'SHARES', 'ABLATIONS', 'arms', 'IDEAS', 'ideas', 'CONTRASTS', 'SETS',
-           'IMPROVED_ON', 'TRYING', 'CONFIRMING', 'PACKAGES', 'KEPT', 'NUMBERS', 'BASELINES', 'GUESS', 'Arm', 'changed',
-           'arm_named', 'block_of', 'in_the_running', 'power', 'detectable', 'arms_of', 'Job', 'trials', 'counted',
-           'job_of', 'validation', 'goes_on', 'tuning', 'hopeless', 'chosen_factor', 'given_up', 'attempts', 'tried',
-           'best_idea', 'confirmation', 'counts', 'program', 'ready', 'commit', 'peak_memory', 'Clock', 'told',
-           'workplace', 'settings', 'trained', 'scores', 'once', 'place', 'records_of', 'asking', 'command_of',
-           'circumstances', 'perform', 'lock_of', 'differences', 'keep', 'run_one', 'baselines_of', 'run_baselines',
-           'usual', 'stretch', 'expected', 'missing', 'sequel', 'to_come', 'hours', 'number', 'cost', 'to_do',
-           'listing', 'said', 'launch', 'held', 'next_job', 'carried_out', 'run_missing', 'progress']
+           'IMPROVED_ON', 'TRYING', 'CONFIRMING', 'PACKAGES', 'KEPT', 'USUAL', 'BASELINES', 'FREE', 'NUMBERS', 'GUESS',
+           'LOOK', 'Arm', 'changed', 'arm_named', 'block_of', 'in_the_running', 'power', 'detectable', 'arms_of', 'Job',
+           'trials', 'counted', 'job_of', 'validation', 'goes_on', 'tuning', 'hopeless', 'chosen_factor', 'given_up',
+           'attempts', 'tried', 'best_idea', 'confirmation', 'counts', 'program', 'ready', 'commit', 'peak_memory',
+           'Clock', 'told', 'workplace', 'settings', 'trained', 'scores', 'once', 'place', 'records_of', 'asking',
+           'command_of', 'circumstances', 'moved', 'refuse_another_study', 'perform', 'lock_of', 'differences', 'keep',
+           'refuse_uncalled', 'run_one', 'baselines_of', 'whole_images', 'run_baselines', 'usual', 'stretch',
+           'expected', 'missing', 'sequel', 'to_come', 'hours', 'number', 'cost', 'to_do', 'listing', 'said', 'launch',
+           'held', 'next_job', 'awaited', 'carried_out', 'run_missing', 'progress']
 
 # %% ../nbs/20_bakeoff.ipynb #5d6406c6
 import resource
@@ -31,6 +32,7 @@ import pandas as pd
 from scipy import stats
 
 from .config import Config, UserError, unknown
+from .difficulty import pixel_neighbours
 from .doctor import incidents
 from .evaluate import evaluate_features, features, skip_reason
 from .figures import health_summary
@@ -428,11 +430,14 @@ def records_of(root: Path, label: str) -> dict[str, dict]:
     return {f"{path.parent.name}/{path.stem}": read_json(path) for path in files}
 
 # %% ../nbs/20_bakeoff.ipynb #2bc80cf9
+USUAL = ("params.yaml", "build/prepared")  # parameters and images of the embedded set
+
+
 def asking(label: str, own: list, params: str, prepared: str) -> str:
     """The command of a run on a set: `own` words, then what is not as usual."""
     words = ["--set", label, *own]
-    words += ["--params", params] if params != "params.yaml" else []
-    words += ["--prepared", prepared] if prepared != "build/prepared" else []
+    words += ["--params", params] if params != USUAL[0] else []
+    words += ["--prepared", prepared] if prepared != USUAL[1] else []
     return shlex.join(["python", "-m", "clmae", "bakeoff", *map(str, words)])
 
 
@@ -452,11 +457,41 @@ def circumstances(sections: dict, label: str, root: Path, params: str, prepared:
     for store in stores[1:]:
         if why := skip_reason(stores[0].labels, store.labels):
             raise UserError(f"{prepared}: {why}; the bake-off compares accuracies, so it needs labels")
-    return {
+    found = {
         "set": label, "images_sha256": sha256(root / prepared / "manifest.json"),
         "settings": {name: section.model_dump(mode="json") for name, section in sections.items()},
         "commit": commit(root, params), "versions": versions(*PACKAGES),
     }  # fmt: skip
+    refuse_another_study(found, root, label, params, prepared)
+    return found
+
+# %% ../nbs/20_bakeoff.ipynb #cf39a4a9
+BASELINES = "baselines"  # the name of the record of what needs no training
+FREE = {"base_lr", "equal", "monitor_epochs"}  # of `train`: these differ from run to run
+
+
+def moved(old: dict, new: dict) -> list[str]:
+    """Which settings differ between two records, as `section.key`, among those that both have."""
+    pairs = [(section, key) for section in sorted(old.keys() & new.keys()) for key in old[section]]
+    shared = [(section, key) for section, key in pairs if key in new[section] and key not in FREE]
+    return [f"{section}.{key}" for section, key in shared if old[section][key] != new[section][key]]
+
+# %% ../nbs/20_bakeoff.ipynb #dedd00ec
+def refuse_another_study(found: dict, root: Path, label: str, params: str, prepared: str) -> None:
+    """UserError if the records of the set are about other images or settings than `found` tells."""
+    folder = place(root, label)
+    known = map(read_json, [*folder.glob(f"{BASELINES}.json"), *sorted(folder.glob("*/*.json"))])
+    old = next((record for record in known if "settings" in record), found)
+    if old["images_sha256"] != found["images_sha256"]:
+        raise UserError(
+            f"{prepared}: not the images that the records of `{label}` are about; give theirs by --prepared, "
+            "or your set a name of its own by --set"
+        )
+    if names := moved(old["settings"], found["settings"]):
+        raise UserError(
+            f"{params}: {', '.join(names)} differ{'s' * (len(names) == 1)} from the records of `{label}`; "
+            "give theirs by --params, or your set a name of its own by --set"
+        )
 
 # %% ../nbs/20_bakeoff.ipynb #2b1b2b08
 def perform(job: Job, config: Config, label: str, root: Path, params: str, prepared: str) -> dict:
@@ -466,7 +501,7 @@ def perform(job: Job, config: Config, label: str, root: Path, params: str, prepa
         raise UserError(f"{job.arm}: no trial came to its end, so it has no learning rate and no counted run")
     if factor is None:
         raise UserError(
-            f"{job.arm}: not tuned yet; run `python -m clmae bakeoff --set {label}`, which does it first"
+            f"{job.arm}: not tuned yet; run `{asking(label, [], params, prepared)}`, which does it first"
         )
     arm, block, sections = arm_named(job.arm), block_of(job.arm, config), settings(job, config, factor)
     folder = workplace(root, label, job.name, root / prepared)
@@ -514,6 +549,16 @@ def keep(path: Path, record: dict) -> list[str] | None:
         return differences(read_json(path), plain(record))
     return write_json(path, record)
 
+# %% ../nbs/20_bakeoff.ipynb #f58c2896
+def refuse_uncalled(job: Job, records: dict, label: str) -> None:
+    """UserError for a job that is neither recorded nor in the program, as far as the records decide that."""
+    called = {other.name for other in program(records, label, hopeful=True)}
+    if ready(job, records) and job.name not in called | set(records):
+        raise UserError(
+            f"{job.name}: the protocol has no such run, or not yet; "
+            f"`{asking(label, ['--list'], *USUAL)}` shows those it has"
+        )
+
 # %% ../nbs/20_bakeoff.ipynb #1d82ad70
 def run_one(
     job: Job, *, label: str, params: str, prepared: str, folder=None
@@ -521,6 +566,7 @@ def run_one(
     """Run one job: its record, and None if it is new, else what differs from the one recorded before."""
     root, config = home(folder), read_valid(params)
     with Lock(lock_of(root, label, job.name), f"the run {job.name}"):
+        refuse_uncalled(job, records_of(root, label), label)
         record = perform(job, config, label, root, params, prepared)
         differing = keep(place(root, label) / f"{job.name}.json", record)
         if not record["failed"]:
@@ -528,13 +574,19 @@ def run_one(
         return record, differing
 
 # %% ../nbs/20_bakeoff.ipynb #84058c3c
-BASELINES = "baselines"  # their record's name
-
-
 def baselines_of(root: Path, label: str) -> dict:
     """The test scores of what needs no training on a set by name; empty before they are recorded."""
     path = place(root, label) / f"{BASELINES}.json"
     return read_json(path)["metrics"] if path.exists() else {}
+
+# %% ../nbs/20_bakeoff.ipynb #e0495904
+def whole_images(prepared: Path, data, evaluate) -> dict:
+    """20-NN among all pixels of the test images of a prepared set, as `evaluate_features` tells a score."""
+    train, test = open_stores(prepared, data, "train", "test")
+    near = {"k": evaluate.k, "temperature": evaluate.temperature}
+    found = pixel_neighbours(train, test, max(data.image_size), **near)
+    sizes = {"train_images": len(train), "test_images": len(test)}
+    return {"knn": found, **sizes, "width": int(np.prod(train.images.shape[1:]))}
 
 # %% ../nbs/20_bakeoff.ipynb #af077e69
 def run_baselines(*, label: str, params: str, prepared: str, folder=None) -> tuple[dict, list[str] | None]:
@@ -545,7 +597,8 @@ def run_baselines(*, label: str, params: str, prepared: str, folder=None) -> tup
         place_ = workplace(root, label, BASELINES, root / prepared)
         record = circumstances(sections, label, root, params, prepared) | {
             "command": asking(label, ["--baselines"], params, prepared),
-            "metrics": baselines_run(folder=place_, **sections),
+            "metrics": baselines_run(folder=place_, **sections)
+            | {"whole": whole_images(root / prepared, config.data, config.evaluate)},
             "machine": machine(make_fabric(config.train.device).device.type),
         }
         differing = keep(place(root, label) / f"{BASELINES}.json", record)
@@ -618,6 +671,8 @@ def cost(jobs: list, records: dict) -> str:
 def to_do(records: dict, label: str = "embedded") -> str:
     """How many runs are missing, with their processor time; and how many, if every open arm goes on."""
     least, most = to_come(records, label), to_come(records, label, hopeful=True)
+    if not most:
+        return "nothing"
     if len(least) == len(most):
         return f"{number(len(least))}, about {cost(least, records)} of one core"
     ends = (f"{len(jobs)} ({cost(jobs, records)})" for jobs in (least, most))
@@ -675,7 +730,20 @@ def next_job(root: Path, label: str) -> Job | None:
     """The first job that is missing, can start and is nobody's; None if there is none."""
     records = records_of(root, label)
     free = (job for job in missing(records, label) if ready(job, records) and not held(root, label, job.name))
-    return next(free, None)
+    # whoever gave a lock back since the records were read has left a record
+    return next((job for job in free if not (place(root, label) / f"{job.name}.json").exists()), None)
+
+# %% ../nbs/20_bakeoff.ipynb #c2522e35
+LOOK = 5.0  # seconds
+
+
+def awaited(root: Path, label: str, end: float) -> Job | None:
+    """The next job, as soon as there is one; None if nobody is at any, or at the time `end`."""
+    while (job := next_job(root, label)) is None and time.monotonic() < end:
+        if not any(held(root, label, other.name) for other in missing(records_of(root, label), label)):
+            return None
+        time.sleep(min(LOOK, max(0.0, end - time.monotonic())))
+    return job
 
 # %% ../nbs/20_bakeoff.ipynb #155f4500
 def carried_out(start, name: str, command: str, left: float, root: Path, label: str) -> bool | None:
@@ -698,11 +766,11 @@ def run_missing(
     if minutes > 0 and not baselines_of(root, label):
         own = asking(label, ["--baselines"], params, prepared)
         carried_out(start, BASELINES, own, end - time.monotonic(), root, label)
-    while (job := next_job(root, label)) and (left := end - time.monotonic()) > 0:
+    while (job := awaited(root, label, end)) and (left := end - time.monotonic()) > 0:
         ended = carried_out(start, job.name, command_of(job, label, params, prepared), left, root, label)
-        if ended:
-            report(progress(job, records_of(root, label), label))
-        elif ended is False:
+        if ended and job.name in (records := records_of(root, label)):
+            report(progress(job, records, label))
+        elif ended is not None:  # the time is over, or the run was asked to stop
             break
     return not missing(records_of(root, label), label)
 
@@ -711,4 +779,5 @@ def progress(job: Job, records: dict, label: str = "embedded") -> str:
     """The line of a finished job, with what is left."""
     done, left = sum(one.name in records for one in program(records, label)), to_come(records, label)
     outcome, hours_left = said(records[job.name]), cost(left, records)
-    return f"{done}/{done + len(left)} {job.name}: {outcome}; at least {hours_left} left"
+    rest = f"at least {hours_left} left" if left else "nothing is missing"
+    return f"{done}/{done + len(left)} {job.name}: {outcome}; {rest}"

@@ -57,6 +57,8 @@ def test_both_methods_beat_what_needs_no_training():
             for baseline in metrics["baselines"].values():
                 assert metrics["runs"][run][probe]["low"] > baseline[probe]["high"]
         assert metrics["runs"]["mae"][probe]["mean"] > 0.1 + metrics["baselines"]["random"][probe]["mean"]
+    whole = json.loads((ROOT / "results/difficulty.json").read_text())["pixels_64"]["test"]  # by kNN alone
+    assert all(metrics["runs"][run]["knn"]["low"] > whole["high"] for run in ("mae", "cl_mae"))
 
 
 def test_the_curriculum_turns_and_the_masker_lives():
@@ -72,6 +74,10 @@ def test_typed_numbers_are_those_of_the_bake_off():
     section = README.split("\n## Does it pay?\n")[1].split("\n## ")[0]
     assert f"{len(arms)} arms" in section
     assert f"{read_params(ROOT / 'params.yaml').train.epochs} epochs of MAE" in section
+    baselines = ROOT / "results/recorded/bakeoff/cifar10/baselines.json"
+    found = json.loads(baselines.read_text())["metrics"]["pixels"]
+    tested, trained = (f"{found[f'{split}_images']:,}" for split in ("test", "train"))
+    assert f"The same on {trained} photographs of CIFAR-10, with {tested} of its test images" in section
 
 
 def test_links_lead_somewhere():
