@@ -128,49 +128,43 @@ def test_all_rows_arrive_in_order_over_batches_and_row_groups(here):
     assert [fetch() for fetch in data.rows("train.parquet")] == images
 
 
+IMAGES = {
+    "test only": ["test/a/1.png"],
+    "test without labels": ["train/a/1.png", "test/1.png"],
+    "test with a new class": ["train/a/1.png", "test/b/1.png"],
+    "image beside classes": ["a/1.png", "1.png"],
+    "folder beside splits": ["train/a/1.png", "extra/1.png"],
+    "two kinds": ["a/1.png"],
+    "one image": ["1.png"],
+}
+TABLES = {
+    "two kinds": {"labels": [0]},
+    "paths, not bytes": {"labels": [0], "images": ["a.png"]},
+    "label without a name": {"labels": [0, 1], "classes": '["a"]'},
+    "label of another kind": {"labels": [0.5, 1.5]},
+    "broken class names": {"labels": [0, 1], "classes": "[a"},
+    "cut parquet": {"labels": [0] * 9},
+    "nameless parquet beside train": {"labels": [0]},
+}
+
+
 def layout(root, wrong):
     """Make a folder with one mistake."""
+    train = f"{root}/train.parquet"
+    for name in IMAGES.get(wrong, []):
+        put(f"{root}/{name}")
+    if wrong in TABLES:
+        table(train, **TABLES[wrong])
     if wrong == "empty":
         os.makedirs(root)
     elif wrong == "no image":
         put(f"{root}/notes.txt", b"x")
-    elif wrong == "test only":
-        put(f"{root}/test/a/1.png")
-    elif wrong == "test without labels":
-        put(f"{root}/train/a/1.png")
-        put(f"{root}/test/1.png")
-    elif wrong == "test with a new class":
-        put(f"{root}/train/a/1.png")
-        put(f"{root}/test/b/1.png")
-    elif wrong == "image beside classes":
-        put(f"{root}/a/1.png")
-        put(f"{root}/1.png")
-    elif wrong == "folder beside splits":
-        put(f"{root}/train/a/1.png")
-        put(f"{root}/extra/1.png")
-    elif wrong == "two kinds":
-        put(f"{root}/a/1.png")
-        table(f"{root}/train.parquet", [0])
-    elif wrong == "one image":
-        put(f"{root}/1.png")
     elif wrong == "no column":
-        pq.write_table(
-            pa.table({"img": [b"x"], "y": [1]}), put(f"{root}/train.parquet", b"") or f"{root}/train.parquet"
-        )
-    elif wrong == "paths, not bytes":
-        table(f"{root}/train.parquet", [0], images=["a.png"])
-    elif wrong == "label without a name":
-        table(f"{root}/train.parquet", [0, 1], classes='["a"]')
-    elif wrong == "label of another kind":
-        table(f"{root}/train.parquet", [0.5, 1.5])
-    elif wrong == "broken class names":
-        table(f"{root}/train.parquet", [0, 1], classes="[a")
+        put(train, b"")
+        pq.write_table(pa.table({"img": [b"x"], "y": [1]}), train)
     elif wrong == "cut parquet":
-        table(f"{root}/train.parquet", [0] * 9)
-        whole = files.must_exist(f"{root}/train.parquet").read_bytes()
-        put(f"{root}/train.parquet", whole[:-20])
+        put(train, files.must_exist(train).read_bytes()[:-20])
     elif wrong == "nameless parquet beside train":
-        table(f"{root}/train.parquet", [0])
         table(f"{root}/more.parquet", [0])
 
 
