@@ -529,7 +529,7 @@ def forest_key(figure: Figure) -> None:
     ]
     seed = Line2D([], [], ls="", marker="o", ms=3, color=TONES["within noise"], alpha=0.5, label="one seed")
     band = Patch(color=BASELINE, alpha=0.15, lw=0, label="test images alone")
-    figure.legend(handles=[*marks, seed, band], loc="outside lower center", ncol=7, frameon=False)
+    figure.legend(handles=[*marks, seed, band], loc="outside lower center", ncol=4, frameon=False)
 
 # %% ../nbs/21_readout.ipynb #c10d9128
 NAMED = {"knn": "20-NN", "linear": "linear probe"}
