@@ -509,10 +509,13 @@ class Checkpoints(CheckpointFiles):
         self.last = time.monotonic()
 
     def restore(self, course: Course, tally: Tally) -> dict | None:
-        """Load the newest that is whole; None if there is none."""
+        """Load the newest that is whole, and let go what a killed process couldn't; None if there is none."""
         found = self.newest() if course.world.first else None
         path = from_first(course.world, lambda: found and found[0])
-        return restore_checkpoint(path, course, tally, found and found[1]) if path else None
+        state = restore_checkpoint(path, course, tally, found and found[1]) if path else None
+        if found:
+            self.tidy()
+        return state
 
     def newest(self) -> tuple[Path, tuple] | None:
         """The newest that is whole, and what it holds; damaged ones are put aside with a warning."""

@@ -101,6 +101,23 @@ def test_a_damaged_checkpoint_is_passed_over(name, suffix, tmp_path, capsys):
     assert (tmp_path / f"step-7{suffix}.damaged").exists()
 
 
+@some
+def test_what_a_kill_left_goes_even_if_no_step_is_left(name, tmp_path, monkeypatch):
+    def killed(self):  # after the last checkpoint is whole, before the oldest is gone
+        if (tmp_path / "step-12.json").exists():
+            raise KeyboardInterrupt
+        tidy(self)
+
+    tidy = trainer.Checkpoints.tidy
+    monkeypatch.setattr(trainer.Checkpoints, "tidy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(make(name), Noise(), steps=12, rate=3e-3, folder=tmp_path)
+    assert len(list(tmp_path.glob("step-*.json"))) == 3
+    monkeypatch.undo()
+    fit(make(name), Noise(), steps=12, rate=3e-3, folder=tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("step-*.json")) == ["step-12.json", "step-8.json"]
+
+
 class Bomb:
     """Unpickled, it makes a folder."""
 
