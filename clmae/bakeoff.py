@@ -719,8 +719,11 @@ def launch(command: str, seconds: float, root: Path) -> bool:
 # %% ../nbs/20_bakeoff.ipynb #032e014b
 def held(root: Path, label: str, name: str) -> bool:
     """Whether some process is making the record of this name."""
+    lock = lock_of(root, label, name)
+    if not lock.exists():  # taking it would keep out, for a moment, whoever is about to
+        return False
     try:
-        with Lock(lock_of(root, label, name)):
+        with Lock(lock):
             return False
     except UserError:
         return True
@@ -751,7 +754,7 @@ def carried_out(start, name: str, command: str, left: float, root: Path, label: 
     try:
         return start(command, left, root)
     except UserError:
-        if not held(root, label, name):
+        if not (held(root, label, name) or (place(root, label) / f"{name}.json").exists()):
             raise
         return None
 
@@ -768,9 +771,11 @@ def run_missing(
         carried_out(start, BASELINES, own, end - time.monotonic(), root, label)
     while (job := awaited(root, label, end)) and (left := end - time.monotonic()) > 0:
         ended = carried_out(start, job.name, command_of(job, label, params, prepared), left, root, label)
-        if ended and job.name in (records := records_of(root, label)):
+        if ended is None:
+            report(f"{job.name}: another process was quicker; on to the next")
+        elif ended and job.name in (records := records_of(root, label)):
             report(progress(job, records, label))
-        elif ended is not None:  # the time is over, or the run was asked to stop
+        else:  # the time is over, or the run was asked to stop
             break
     return not missing(records_of(root, label), label)
 

@@ -315,10 +315,29 @@ def test_who_was_slower_to_start_goes_on_with_the_next(pretend):
     lock = Lock(bakeoff.lock_of(pretend.folder, "toy", jobs[0].name))
     try:
         assert not pretend(start=start) and turns == jobs[:2]
+        assert pretend.lines == [f"{jobs[0].name}: another process was quicker; on to the next"]
     finally:
         lock.__exit__(None, None, None)
     with pytest.raises(UserError, match="broken"):
         pretend(start=lambda *given: (_ for _ in ()).throw(UserError("broken")))
+
+
+def test_who_was_slower_goes_on_even_if_the_other_is_done_by_now(pretend):
+    turns = []
+
+    def start(command, seconds, root):
+        turns.append(job := pretend.job_in(command))
+        if len(turns) > 1:
+            return False
+        write_json(bakeoff.place(root, "toy") / f"{job.name}.json", outcome(job))
+        raise UserError("in use")
+
+    assert not pretend(start=start) and turns == trials("mae")[:2]
+
+
+def test_to_look_whether_a_run_is_held_shuts_nobody_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(bakeoff, "Lock", None)  # not even for a moment
+    assert not bakeoff.held(tmp_path, "toy", "tune/mae-100-x1")
 
 
 def test_what_needs_no_training_comes_first_and_once(pretend):
