@@ -176,3 +176,28 @@ def test_an_upward_import_is_seen():
     assert upward(Path("losses.py"), "from clmae import objectives") == {"objectives"}
     assert upward(Path("losses.py"), "from .mae import MAE\nfrom .objectives import Loss") == {"objectives"}
     assert upward(Path("losses.py"), "import clmae.patches") == set()
+
+
+DRAWS = re.compile(r"^[^\s#@].*\b(plt\.(subplots|figure|show)|sns\.\w*plot)\(", re.MULTILINE)
+
+
+def pictureless(notebook: dict) -> list[str]:
+    """First lines of the cells that draw when they are run, and show no picture as they are committed."""
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and cell["source"]]
+    seen = [cell for cell in cells if not cell["source"][0].startswith("#| hide")]
+    drawing = [cell for cell in seen if DRAWS.search("".join(cell["source"]))]
+    shown = [any("image/png" in out.get("data", {}) for out in cell["outputs"]) for cell in drawing]
+    return [cell["source"][0] for cell, there in zip(drawing, shown) if not there]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_cells_that_draw_are_committed_with_their_pictures(path):
+    """A notebook that was run with another backend than its own has lost them."""
+    assert pictureless(json.loads(path.read_text(encoding="utf-8"))) == []
+
+
+def test_a_lost_picture_is_seen():
+    cell = {"cell_type": "code", "source": ["fig, ax = plt.subplots()\n", "ax.plot([1, 2]);"], "outputs": []}
+    assert pictureless({"cells": [cell]}) == [cell["source"][0]]
+    cell["outputs"] = [{"data": {"image/png": ""}}]
+    assert pictureless({"cells": [cell]}) == []
