@@ -10,8 +10,8 @@ __all__ = ['EXTENSIONS', 'FOREIGN', 'SPLITS', 'MODES', 'LAB', 'SRGB', 'DataError
            'fit', 'upright', 'plain', 'reason', 'decode', 'split_off', 'assign', 'NpyWriter', 'in_order', 'Looked',
            'sums_of', 'look', 'printable', 'Tally', 'moments', 'repeated', 'check_tally', 'pack', 'split_facts',
            'describe', 'origin', 'write_manifest', 'check_request', 'cores', 'prepare', 'store_arrays', 'Store',
-           'normalise', 'largest', 'draw_crops', 'places', 'augment', 'available_memory', 'fits', 'to_device',
-           'Resident', 'Streamed', 'Order', 'Plan', 'Supply', 'TrainBatches', 'eval_batches']
+           'normalise', 'largest', 'draw_crops', 'places', 'augment', 'container_memory', 'available_memory', 'fits',
+           'to_device', 'Resident', 'Streamed', 'Order', 'Plan', 'Supply', 'TrainBatches', 'eval_batches']
 
 # %% ../nbs/02_data.ipynb #5d6406c6
 import json
@@ -729,18 +729,26 @@ def augment(images: Tensor, crops: Tensor, flips: Tensor, size, mean: Tensor, st
     values = F.grid_sample(images.float(), grid, "bilinear", padding_mode="border", align_corners=False)
     return normalise(values, mean, std)
 
+# %% ../nbs/02_data.ipynb #3d1c5d80
+def container_memory(group: str | Path) -> int | None:
+    """Bytes that a control group (Linux, version 2) may still take; None without a limit.
+
+    Files that it has read or written count as used there; they go when memory is asked for.
+    """
+    try:
+        told = dict(line.split() for line in (Path(group) / "memory.stat").read_text().splitlines())
+        limit, used = (int((Path(group) / f"memory.{name}").read_text()) for name in ("max", "current"))
+        return limit - used + int(told["active_file"]) + int(told["inactive_file"])
+    except (OSError, ValueError, KeyError):  # no such group, or its limit is "max"
+        return None
+
 # %% ../nbs/02_data.ipynb #3d1c5d82
 def available_memory() -> int:
     """Bytes of main memory that this process may still take, in the machine and in its container."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     left = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    try:
-        group = Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text())
-        left.append(int((group / "memory.max").read_text()) - used)
-    except (OSError, ValueError):  # no such group, or its limit is "max"
-        pass
-    return min(left)
+    own = container_memory("/sys/fs/cgroup")
+    return min(left if own is None else [*left, own])
 
 # %% ../nbs/02_data.ipynb #09380100
 def fits(nbytes: int, device: torch.device, resident: str) -> bool:

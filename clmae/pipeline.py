@@ -329,6 +329,7 @@ def surroundings(root, threads, progress) -> dict:
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "MATPLOTLIBRC": plain_style(),
         "IPYTHONDIR": str(Path(root) / "build/ipython"),
+        "JUPYTER_PREFER_ENV_PATH": "1",  # not a kernel called python3 that the user has installed
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "CLMAE_PROGRESS": str(progress),
     }

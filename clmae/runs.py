@@ -7,7 +7,7 @@ __all__ = ['MONITOR_BANK', 'HEALTH_IMAGES', 'SAFETY', 'CONSISTENCY_IMAGES', 'bui
            'plan', 'knn_every', 'write_curves', 'Milestones', 'to_pixels', 'spread', 'part_of', 'shot_of', 'Shooting',
            'Recorder', 'fingerprint', 'speaker', 'open_stores', 'thinned', 'Reader', 'validation_monitor', 'assemble',
            'compile_if_possible', 'one_line', 'course_settings', 'memory_adviser', 'train_it', 'summary', 'leave',
-           'write_time', 'recipe_of', 'batches_of', 'decisive', 'workshop', 'health_monitor', 'train_watched',
+           'write_time', 'recipe_of', 'batches_of', 'decisive', 'workshop', 'health_monitor', 'train_watched', 'sweep',
            'pretrain_run', 'splits', 'probes', 'write_map', 'evaluate_run', 'baselines_run', 'replay']
 
 # %% ../nbs/15_runs.ipynb #5d6406c6
@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import accumulate
 from pathlib import Path
 
@@ -491,6 +491,13 @@ def train_watched(
         objective, batches, spent, work, train=train, seed=seed, fabric=fabric, **watched, **how
     )
 
+# %% ../nbs/15_runs.ipynb #c5425bf1
+def sweep(work: Path) -> None:
+    """Remove what lies in a run's folder, but for its lock."""
+    for path in work.iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
 # %% ../nbs/15_runs.ipynb #32f432b2
 def pretrain_run(
     *, run: str, seed: int, objective: dict, data: Data, model: Model, train: Train, film: Film,
@@ -518,8 +525,10 @@ def pretrain_run(
         record = summary(run, seed, trained, batches, history)
         if fabric.is_global_zero:
             leave(root, name, work, trained, recorder, history, record)
-            shutil.rmtree(work)
+            sweep(work)
             write_time(root / "build/timings" / f"{name}.json", time.monotonic() - began, len(spent), train)
+    with suppress(OSError):  # another process may be at it again
+        work.rmdir()
     return record
 
 # %% ../nbs/15_runs.ipynb #9fb3cfaf

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 import tempfile
 
 # Before numpy or torch starts: tests run side by side, so each process takes one thread and draws no window.
@@ -11,6 +12,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Whose shell, git, DVC and matplotlib these are decides no test.
 os.environ["SHELL"] = "/bin/sh"
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 for name in (
     "DIR",
     "WORK_TREE",

@@ -89,6 +89,9 @@ def train(recipe: str, folder: Path, fabric, accumulate: int = 1) -> None:
 
 def main(folder: str, recipes: list[str]) -> int:
     """0: done; 2: a clear line on stderr."""
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # torchrun's, to whoever is left: it shall say its line first
     torch.set_num_threads(1)
     fabric = trainer.launch("cpu", "64")
     for recipe in recipes:
@@ -96,9 +99,9 @@ def main(folder: str, recipes: list[str]) -> int:
         try:
             train(recipe, Path(folder), fabric, int(accumulate or 1))
         except Stopped as stopped:
-            print(f"clmae: {stopped}", file=sys.stderr)
+            sys.stderr.write(f"clmae: {stopped}\n")  # one write: the others share the pipe
         except UserError as error:
-            print(f"clmae: error: {error}", file=sys.stderr)
+            sys.stderr.write(f"clmae: error: {error}\n")
             return 2
     return 0
 

@@ -151,7 +151,7 @@ def test_a_quick_run_prints_a_table_and_leaves_records_and_figure(tmp_path, caps
         assert rate["low"] <= rate["median"] <= rate["high"] == pytest.approx(4000 / ms["low"], rel=0.02)
         if row["contestant"] not in (run.TEXT, run.SHORT):
             share = row["share_of_peak"]
-            assert 0 < share["low"] <= share["median"] <= share["high"] and row["teraflops"]["low"] > 0
+            assert 0 <= share["low"] <= share["median"] <= share["high"] and row["teraflops"]["low"] > 0
     assert set(rows[run.TEXT, "32"]["phases"]) == {"A", "B"}
     assert found["machine"]["threads"] == torch.get_num_threads() and found["versions"]["torch"]
     assert found["command"] == f"python -m bench.run --quick --rounds 2 --out {tmp_path}"
@@ -199,9 +199,10 @@ def test_the_peak_is_that_of_the_fastest_size(monkeypatch):
     assert run.share_of_peak(Contestant("y", "32", 1, {}), [1.0], {"rounds": each}) == {}
 
 
-def test_a_product_is_a_product():
+def test_a_product_is_a_product(monkeypatch):
     a, b, room = peak.operands(8, "bf16", "cpu")
     assert a.dtype == room.dtype == torch.bfloat16 and peak.rate(peak.product(8, "32", "cpu", 1), "cpu") > 0
+    monkeypatch.setattr(peak, "rate", lambda step, device: 1.0)  # each size as fast: the largest does most
     assert peak.fastest("32", "cpu", (8, 128)) == 128
 
 

@@ -349,7 +349,7 @@ def test_environment_is_put_back():
     assert dict(os.environ) == before
 
 
-def wait_for(path, seconds=60):
+def wait_for(path, seconds=600):
     for _ in range(int(seconds * 10)):
         if path.exists() and path.read_text():
             return path.read_text()
@@ -374,7 +374,7 @@ def test_interrupted_stage_stops_its_kernel_and_says_how_to_go_on(repository, se
     )
     kernel = wait_for(root / "pid")
     stage.send_signal(sent)
-    said = stage.communicate(timeout=30)[1]
+    said = stage.communicate(timeout=300)[1]
     assert stage.returncode == 130
     assert (
         said.strip().splitlines()[-1] == "clmae: interrupted; `dvc repro` continues from the last checkpoint"
@@ -417,7 +417,7 @@ def test_asked_to_stop_a_stage_lets_its_kernel_save(repository, sent):
     root = repository("long", SAVES)
     stage = begun(root)
     stage.send_signal(sent)
-    said = stage.communicate(timeout=30)[1]
+    said = stage.communicate(timeout=300)[1]
     line = f"stopped by {sent.name} after step 3 of 9, which is saved; run the same to go on"
     assert said.strip().splitlines()[-1] == f"clmae: {line}" and "Traceback" not in said
     assert stage.returncode == 2  # not 0, which DVC would take for done
@@ -473,6 +473,21 @@ def test_a_stage_draws_with_matplotlibs_own_settings(tmp_path):
         for more in ({}, {"MATPLOTLIBRC": surroundings(tmp_path, 1, "progress")["MATPLOTLIBRC"]})
     ]
     assert found == ["300.0", "figure"]
+
+
+def test_a_stage_runs_in_its_own_environment_whatever_kernel_the_user_has_installed(
+    repository, tmp_path, monkeypatch
+):
+    spec = {"argv": ["false"], "display_name": "mine", "language": "python"}
+    (tmp_path / "jupyter/kernels/python3").mkdir(parents=True)
+    (tmp_path / "jupyter/kernels/python3/kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+    monkeypatch.setenv(
+        "JUPYTER_PREFER_ENV_PATH", "0"
+    )  # as Jupyter decides in an environment of somebody else's
+    root = repository("noisy", "import sys\nprint(sys.executable)")
+    path = run_stage("noisy", ["train"], root=root)
+    assert "python" in nbformat.read(path, 4).cells[-1].outputs[0].text
 
 
 # ---- tidying

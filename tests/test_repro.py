@@ -90,9 +90,17 @@ def repro(top: Path, *targets: str) -> tuple[int, str]:
     return end(start(top, *targets))
 
 
+def working(top: Path, pattern: str) -> list[Path]:
+    """What lies in build/work under such names; nothing if it goes meanwhile: the run is done."""
+    try:
+        return list((top / "build/work").glob(pattern))
+    except FileNotFoundError:  # of Python 3.11 and 3.12
+        return []
+
+
 def steps_saved(top: Path, name: str = NAME) -> int:
     """The step of the checkpoint in build/work; 0 if there is none."""
-    found = (top / "build/work").glob(f"{name}-*/step-*.json")
+    found = working(top, f"{name}-*/step-*.json")
     return max((int(path.stem.removeprefix("step-")) for path in found), default=0)
 
 
@@ -132,7 +140,7 @@ def built(tmp_path_factory):
         patch.setenv("DVC_SITE_CACHE_DIR", str(folder / "site"))
         SMOKE["make_copy"](top, TINY, draw_images)
         first = start(top)
-        wait_for(first, lambda: list((top / "build/work").glob(f"{NAME}-*")))
+        wait_for(first, lambda: working(top, f"{NAME}-*"))
         with held_still(kernel_of(first)):  # else it may be done before the second one has looked
             second = repro(top)
         yield top, end(first), second
@@ -272,7 +280,7 @@ def killed(top: Path, name: str, chance: random.Random, stride: int) -> tuple[in
         goal = before + chance.randint(1, stride)
         wait_for(process, lambda: steps_saved(top, name) >= goal)
         time.sleep(chance.uniform(0, 0.02))
-    pieces = lambda: list((top / "build/work").glob(f"{name}-*/.step-*"))  # noqa: E731
+    pieces = lambda: working(top, f"{name}-*/.step-*")  # noqa: E731
     while kind == "writing" and process.poll() is None and not pieces():
         pass
     kill(process, all_at_once=kind == "writing" or chance.random() < 0.5)

@@ -356,7 +356,8 @@ def test_a_network_that_fails_once_changes_nothing(made, server, found):
     flaky = shards.ShardBatches(urls, made[1], report=report, **READ)
     whole = shards.ShardBatches(*found, **READ)
     assert all(torch.equal(flaky.batch(step), whole.batch(step)) for step in range(whole.steps_per_epoch))
-    assert lines == [] and server[1].count("/flaky/train-000000.tar") == 2
+    assert lines == []
+    assert server[1].count("/flaky/train-000000.tar") >= 2  # once more if the next epoch has been read ahead
 
 
 def test_missing_and_truncated_shards_are_reported_and_replaced(made, server, found):
