@@ -357,7 +357,7 @@ def test_a_network_that_fails_once_changes_nothing(made, server, found):
     whole = shards.ShardBatches(*found, **READ)
     assert all(torch.equal(flaky.batch(step), whole.batch(step)) for step in range(whole.steps_per_epoch))
     assert lines == []
-    assert server[1].count("/flaky/train-000000.tar") >= 2  # once more if the next epoch has been read ahead
+    assert server[1].count("/flaky/train-000000.tar") in (2, 3)  # 3 if the next epoch was read ahead
 
 
 def test_missing_and_truncated_shards_are_reported_and_replaced(made, server, found):
