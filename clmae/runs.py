@@ -8,7 +8,7 @@ __all__ = ['MONITOR_BANK', 'HEALTH_IMAGES', 'SAFETY', 'CONSISTENCY_IMAGES', 'bui
            'Recorder', 'fingerprint', 'speaker', 'open_stores', 'thinned', 'Reader', 'validation_monitor', 'assemble',
            'compile_if_possible', 'one_line', 'course_settings', 'memory_adviser', 'train_it', 'summary', 'leave',
            'write_time', 'recipe_of', 'batches_of', 'decisive', 'workshop', 'health_monitor', 'train_watched', 'sweep',
-           'pretrain_run', 'splits', 'probes', 'write_map', 'evaluate_run', 'baselines_run', 'replay']
+           'vacate', 'pretrain_run', 'splits', 'probes', 'write_map', 'evaluate_run', 'baselines_run', 'replay']
 
 # %% ../nbs/15_runs.ipynb #5d6406c6
 import hashlib
@@ -498,6 +498,12 @@ def sweep(work: Path) -> None:
         if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+
+def vacate(work: Path) -> None:
+    """Remove a run's folder if it is empty; it isn't if another process is at the run again."""
+    with suppress(OSError):
+        work.rmdir()
+
 # %% ../nbs/15_runs.ipynb #32f432b2
 def pretrain_run(
     *, run: str, seed: int, objective: dict, data: Data, model: Model, train: Train, film: Film,
@@ -527,8 +533,7 @@ def pretrain_run(
             leave(root, name, work, trained, recorder, history, record)
             sweep(work)
             write_time(root / "build/timings" / f"{name}.json", time.monotonic() - began, len(spent), train)
-    with suppress(OSError):  # another process may be at it again
-        work.rmdir()
+    vacate(work)
     return record
 
 # %% ../nbs/15_runs.ipynb #9fb3cfaf
